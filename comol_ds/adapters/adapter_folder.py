@@ -1,0 +1,194 @@
+"""The adapter folder: PEFT's layout, written whole or not at all, and verified on the way in and out.
+
+adapter_config.json: the configuration, with peft_type COMOL.
+adapter_model.safetensors: base_model.model.<module>.comol_A, .comol_B, .comol_cores and .comol_router for every adapted
+module, whole and without an adapter's name, and the tensors of modules_to_save beside them.
+"""
+
+import json
+import os
+import shutil
+from collections import defaultdict
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from peft.config import PeftConfig
+from peft.tuners.tuners_utils import check_target_module_exists
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from comol_ds.adapters.comol_layer import comol_table
+from comol_ds.adapters.config import CoMoLConfig
+from comol_ds.adapters.table import infer_sizes, parameter_names
+from comol_ds.errors import UserError
+
+CONFIG_FILE = "adapter_config.json"
+TENSOR_FILE = "adapter_model.safetensors"
+KEY_PREFIX = "base_model.model."
+
+
+def write_adapter(tensors: dict[str, torch.Tensor], config: CoMoLConfig, folder: str | os.PathLike) -> None:
+    """Write a verified adapter folder and read it back.
+
+    Both files are written and verified in a hidden folder beside `folder`, which is then renamed to it. Where `folder`
+    exists, the two files are replaced one after the other and everything else in it is left alone.
+
+    Args:
+        tensors: whole tensors under their keys in the folder, e.g. from peft.get_peft_model_state_dict.
+        config: the adapter's configuration with resolved target_modules, as a PEFT model holds it after attaching.
+        folder: where to write; its parents are created.
+
+    Raises:
+        UserError: the tensors do not fit the configuration, are empty or not finite. Nothing is written then.
+    """
+    verify_tensors(tensors, config)
+    folder = Path(folder)
+    staging = folder.parent / f".{folder.name}.writing"
+    if staging.exists():  # left by a run that was killed
+        shutil.rmtree(staging)
+    staging.mkdir(parents=True)
+    try:
+        _write_synced(staging / CONFIG_FILE, _config_json(config))
+        # Tensors that share memory (tied modules_to_save) may not share it in the file, hence clone.
+        whole = {key: tensor.detach().cpu().clone().contiguous() for key, tensor in tensors.items()}
+        save_file(whole, staging / TENSOR_FILE, metadata={"format": "pt"})
+        _sync(staging / TENSOR_FILE)
+        _check_same(read_adapter(staging)[1], whole)
+        if folder.exists():
+            for name in (TENSOR_FILE, CONFIG_FILE):
+                os.replace(staging / name, folder / name)
+            _sync(folder)
+        else:
+            _sync(staging)
+            os.replace(staging, folder)
+        _sync(folder.parent)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def read_adapter(folder: str | os.PathLike) -> tuple[CoMoLConfig, dict[str, torch.Tensor]]:
+    """Configuration and tensors (on the CPU) of an adapter folder.
+
+    Raises:
+        UserError: a file is missing or unreadable, it holds another adapter type, or the tensors fail verify_tensors.
+    """
+    folder = Path(folder)
+    config = read_config(folder)
+    path = folder / TENSOR_FILE
+    if not path.is_file():
+        raise UserError(f"{folder} is not an adapter folder: {TENSOR_FILE} is missing")
+    try:
+        tensors = load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path} cannot be read: {_one_line(error)}") from error
+    try:
+        verify_tensors(tensors, config)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
+    return config, tensors
+
+
+def verify_adapter(folder: str | os.PathLike) -> None:
+    """Raise UserError unless read_adapter accepts the folder."""
+    read_adapter(folder)
+
+
+def read_config(folder: str | os.PathLike) -> CoMoLConfig:
+    """Configuration of an adapter folder.
+
+    Raises:
+        UserError: the file is missing, is not JSON, is of another type, or holds values out of range.
+    """
+    path = Path(folder) / CONFIG_FILE
+    if not path.is_file():
+        raise UserError(f"{folder} is not an adapter folder: {CONFIG_FILE} is missing")
+    try:
+        values = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read: {_one_line(error)}") from error
+    peft_type = values.get("peft_type") if isinstance(values, dict) else None
+    if peft_type != "COMOL":
+        raise UserError(f"{path} has peft_type {peft_type!r}, expected 'COMOL'")
+    try:
+        return PeftConfig.from_pretrained(str(folder))
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{path}: {_one_line(error)}") from error
+
+
+def verify_tensors(tensors: dict[str, torch.Tensor], config: CoMoLConfig) -> None:
+    """Check tensors, under their folder keys, against a configuration.
+
+    Every adapted module must have exactly the method's tensors, with shapes that agree with each other and with r and
+    num_experts, and must be one that target_modules reach. Every tensor must be finite and not empty: ZeRO-3 leaves
+    shape (0,) where a parameter was not gathered.
+
+    Raises:
+        UserError: naming the first key that fails and why.
+    """
+    if not isinstance(config.target_modules, str | list | set) or not config.target_modules:
+        raise UserError("target_modules is not resolved; take the configuration from the model after attaching")
+    if not tensors:
+        raise UserError("the adapter has no tensors")
+    table = comol_table(config.router)
+    shapes: dict[str, dict[str, tuple[int, ...]]] = defaultdict(dict)
+    for key, tensor in tensors.items():
+        _check_values(key, tensor)
+        module, _, name = key.removeprefix(KEY_PREFIX).rpartition(".")
+        if name in parameter_names(table):
+            shapes[module][name] = tuple(tensor.shape)
+        elif any(part.startswith("comol_") for part in key.split(".")):
+            raise UserError(f"{key}: unknown adapter tensor; a module has {', '.join(parameter_names(table))}")
+    if not shapes:
+        raise UserError("the adapter has no comol_ tensors")
+    for module, found in shapes.items():
+        try:
+            sizes = infer_sizes(table, found)
+        except UserError as error:
+            raise UserError(f"{module}: {error}") from error
+        if (config.r, config.num_experts) != (sizes.R, sizes.E):
+            raise UserError(
+                f"{module} has rank {sizes.R} and {sizes.E} experts, the configuration says r={config.r} and "
+                f"num_experts={config.num_experts}"
+            )
+        if not check_target_module_exists(config, module):
+            raise UserError(f"{module} has adapter tensors, but target_modules do not reach it")
+
+
+def _check_values(key: str, tensor: torch.Tensor) -> None:
+    if not key.startswith(KEY_PREFIX):
+        raise UserError(f"{key}: a key starts with {KEY_PREFIX}")
+    if tensor.numel() == 0:
+        raise UserError(f"{key} is empty, shape {list(tensor.shape)}: it was saved without being gathered")
+    if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+        raise UserError(f"{key} holds values that are not finite")
+
+
+def _config_json(config: CoMoLConfig) -> str:
+    values = replace(config, inference_mode=True).to_dict()
+    ordered = {key: sorted(value) if isinstance(value, set) else value for key, value in values.items()}
+    return json.dumps(ordered, indent=2, sort_keys=True) + "\n"
+
+
+def _check_same(read: dict[str, torch.Tensor], written: dict[str, torch.Tensor]) -> None:
+    differing = [key for key in written if key not in read or not torch.equal(read[key], written[key])]
+    if differing or len(read) != len(written):
+        raise OSError(f"{TENSOR_FILE} reads back differently from what was written, first at {differing[:1]}")
+
+
+def _write_synced(path: Path, text: str) -> None:
+    path.write_text(text)
+    _sync(path)
+
+
+def _sync(path: Path) -> None:
+    """Flush a file or a folder's entries to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())

@@ -1,0 +1,171 @@
+"""CoMoL (arXiv 2603.00573): its parameter table, and the layer that wraps a base Linear.
+
+    h = D(x) A^T      p = softmax(h R^T)      y = x W^T + s * (h sum_e p_e C_e) B^T
+
+Glossary: N tokens, I in_features, O out_features, R rank, E experts, D dropout, s = lora_alpha / r. The router's matrix
+R of the equation is `comol_router`, the stack of the C_e is `comol_cores`.
+"""
+
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+
+from comol_ds.adapters.initializers import CORE_INITIALIZERS, kaiming_uniform_fan_in
+from comol_ds.adapters.mixing import mix_cores
+from comol_ds.adapters.routing import Gates, PartialSums
+from comol_ds.adapters.table import AdapterParameter, AxisSizes, parameter_names
+from comol_ds.errors import UserError
+
+NO_MERGE = (
+    "CoMoL has no exact merge: its core sum_e p_e C_e differs from token to token, a merged weight does not; use the "
+    "adapter beside its base, or a static approximation, which is an export of its own "
+    "(python launch/export.py --checkpoint ADAPTER --format lora|merged, not part of this version)"
+)
+
+
+def comol_table(
+    router: str = "core", core_init: str = "paper", init_adapter_weights: bool = True
+) -> tuple[AdapterParameter, ...]:
+    """CoMoL's parameters, in the order in which they are drawn.
+
+    Args:
+        router: "core" or "input": whether the router reads h [R] or x [I].
+        core_init: "paper", "orthogonal" or "identity", see CoMoLConfig.
+        init_adapter_weights: False draws B too instead of zeros.
+    """
+    router_input = {"core": "R", "input": "I"}[router]
+    up_init = nn.init.zeros_ if init_adapter_weights else kaiming_uniform_fan_in
+    return (
+        AdapterParameter("comol_A", ("R", "I"), kaiming_uniform_fan_in),
+        AdapterParameter("comol_B", ("O", "R"), up_init),
+        AdapterParameter("comol_cores", ("E", "R", "R"), CORE_INITIALIZERS[core_init]),
+        AdapterParameter("comol_router", ("E", router_input), kaiming_uniform_fan_in),
+    )
+
+
+class CoMoLLinear(nn.Module, BaseTunerLayer):
+    """A base Linear with any number of named CoMoL adapters beside it.
+
+    Attributes:
+        gates: parameterless module whose output is p [..., E]; hook it to watch the router.
+        partial_sums: seam (h, logits) -> (h, logits) before routing, for a row-parallel base.
+        core_output: seam o -> o between the mixture and B, for a column-parallel base.
+    """
+
+    adapter_layer_names: ClassVar[tuple[str, ...]] = parameter_names(comol_table())
+    other_param_names: ClassVar[tuple[str, ...]] = ("r", "num_experts", "scaling", "router", "paper_dropout", "dropout")
+
+    def __init__(self, base_layer: nn.Linear) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        # Not weight.shape: under ZeRO-3 a weight that is not gathered has shape (0,).
+        self.in_features = base_layer.in_features
+        self.out_features = base_layer.out_features
+        for name in self.adapter_layer_names:
+            setattr(self, name, nn.ParameterDict())
+        self.dropout = nn.ModuleDict()
+        self.gates = Gates()
+        self.partial_sums = PartialSums()
+        self.core_output = nn.Identity()
+        self.r: dict[str, int] = {}
+        self.num_experts: dict[str, int] = {}
+        self.scaling: dict[str, float] = {}
+        self.router: dict[str, str] = {}
+        self.paper_dropout: dict[str, bool] = {}
+        self._disable_adapters = False
+        self.merged_adapters = []
+
+    def add_adapter(
+        self,
+        adapter_name: str,
+        *,
+        r: int,
+        lora_alpha: float,
+        num_experts: int,
+        router: str = "core",
+        core_init: str = "paper",
+        lora_dropout: float = 0.0,
+        dropout_scheme: str = "input",
+        init_adapter_weights: bool = True,
+    ) -> None:
+        """Create an adapter of this name, or replace it. Arguments as in CoMoLConfig.
+
+        Parameters are created in fp32 (float64 beside a float64 base), drawn on the CPU in the table's order so that a
+        seed gives the same adapter on every device, and moved to the base weight's device; on meta nothing is drawn.
+        """
+        self.r[adapter_name] = r
+        self.num_experts[adapter_name] = num_experts
+        self.scaling[adapter_name] = lora_alpha / r
+        self.router[adapter_name] = router
+        self.paper_dropout[adapter_name] = dropout_scheme == "paper" and lora_dropout > 0
+        self.dropout[adapter_name] = nn.Dropout(lora_dropout) if lora_dropout > 0 else nn.Identity()
+        device, base_dtype = self._get_base_layer_device_and_dtype(self.base_layer)
+        dtype = torch.float64 if base_dtype == torch.float64 else torch.float32
+        sizes = AxisSizes(self.in_features, self.out_features, r, num_experts)
+        for parameter in comol_table(router, core_init, init_adapter_weights):
+            where = "meta" if device.type == "meta" else "cpu"
+            tensor = torch.empty(parameter.shape(sizes), dtype=dtype, device=where)
+            if where != "meta":
+                parameter.initialize(tensor)
+            getattr(self, parameter.name)[adapter_name] = nn.Parameter(tensor.to(device))
+        self.set_adapter(self.active_adapters)
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        """Move, but keep the dtype: PEFT's own version would round fresh fp32 adapters to a bf16 base's dtype."""
+        base_device, _ = self._get_base_layer_device_and_dtype(self.get_base_layer())
+        for name in self.adapter_layer_names:
+            parameters = getattr(self, name)
+            if adapter_name in parameters and parameters[adapter_name].device.type != "meta":
+                parameters[adapter_name] = parameters[adapter_name].to(device or base_device)
+
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """x [..., I] -> [..., O] in the base's output dtype; the active adapters' updates add up."""
+        y = self.base_layer(x, *args, **kwargs)
+        if self.disable_adapters:
+            return y
+        for adapter_name in self.active_adapters:
+            if adapter_name in self.comol_A:
+                y = y + self.update(x, adapter_name).to(y.dtype)
+        return y
+
+    def update(self, x: torch.Tensor, adapter_name: str) -> torch.Tensor:
+        """The adapter path alone: x [..., I] -> s * (h sum_e p_e C_e) B^T, [..., O]."""
+        down, up = self.comol_A[adapter_name], self.comol_B[adapter_name]
+        x = self._cast_input_dtype(x, down.dtype)
+        h, p = self._route(x, adapter_name)
+        o = self._mix(h, p, adapter_name)
+        return F.linear(self.core_output(o), up)
+
+    def _route(self, x: torch.Tensor, adapter_name: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """x [..., I] -> h [..., R], p [..., E] of one dtype."""
+        router = self.comol_router[adapter_name]
+        routes_on_x = self.router[adapter_name] == "input"
+        h = F.linear(self.dropout[adapter_name](x), self.comol_A[adapter_name])
+        h, logits = self.partial_sums(h, F.linear(x, router) if routes_on_x else None)
+        if not routes_on_x:
+            logits = F.linear(h, router)
+        return h, self.gates(logits, h.dtype)
+
+    def _mix(self, h: torch.Tensor, p: torch.Tensor, adapter_name: str) -> torch.Tensor:
+        """h [..., R], p [..., E] -> s * h sum_e p_e C_e, [..., R]."""
+        cores, scale = self.comol_cores[adapter_name], self.scaling[adapter_name]
+        if not (self.training and self.paper_dropout[adapter_name]):
+            return mix_cores(h, p, cores, scale)
+        drop = self.dropout[adapter_name]
+        merged = torch.matmul(p, cores.flatten(1).to(p.dtype)).unflatten(-1, cores.shape[1:])  # [..., R, R]
+        return drop(torch.matmul(h.unsqueeze(-2), drop(merged)).squeeze(-2)) * scale
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        raise UserError(NO_MERGE)
+
+    def unmerge(self) -> None:
+        raise UserError(f"nothing to unmerge: {NO_MERGE}")
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        return False
+
+    def __repr__(self) -> str:
+        return "comol." + super().__repr__()

@@ -1,0 +1,115 @@
+"""CoMoLConfig: what a user says about a CoMoL adapter, checked where it is said."""
+
+import re
+from dataclasses import dataclass, field
+
+from peft.config import PeftConfig
+from peft.utils import PeftType
+
+from comol_ds.adapters.initializers import CORE_INITIALIZERS
+from comol_ds.adapters.routing import ROUTERS
+from comol_ds.errors import UserError
+
+DROPOUT_SCHEMES = ("input", "paper")
+
+
+def register_peft_type(name: str) -> None:
+    """Add `name` to PEFT's closed enum of adapter types, the one thing its registration does not do itself."""
+    member = str.__new__(PeftType, name)
+    member._name_ = name
+    member._value_ = name
+    member.__objclass__ = PeftType
+    member._sort_order_ = len(PeftType._member_names_)
+    type.__setattr__(PeftType, name, member)
+    PeftType._member_map_[name] = member
+    PeftType._value2member_map_[name] = member
+    PeftType._member_names_.append(name)
+
+
+register_peft_type("COMOL")
+
+
+@dataclass
+class CoMoLConfig(PeftConfig):
+    """Configuration of a CoMoL adapter (arXiv 2603.00573), a PEFT configuration of type COMOL.
+
+    With h = D(x) A^T and gates p, an adapted Linear returns x W^T + (lora_alpha / r) * (h sum_e p_e C_e) B^T.
+
+    Args:
+        r: rank R of the shared down- and up-projection.
+        lora_alpha: the update is scaled by lora_alpha / r.
+        lora_dropout: probability in [0, 1); where it applies is `dropout_scheme`.
+        num_experts: number E of core experts [R, R].
+        router: "core" routes on h (E R parameters), "input" on the undropped x (E I parameters).
+        core_init: "paper" draws cores from U(-1/sqrt R, 1/sqrt R): with the near-uniform gates of the start, the
+            adapter path begins about 1/sqrt(3 E) as strong as LoRA's (0.2 at E=8) and weaker as E grows.
+            "orthogonal" starts at about 1/sqrt(E). "identity" adds small noise, summing to zero over the experts, to
+            the identity: at uniform gates it is exactly LoRA.
+        dropout_scheme: "input" drops x only, as LoRA does. "paper" also drops the merged core and the r-vector after
+            it, which needs the merged core of every token, [N, R, R]: several times slower while training.
+        target_modules: list of module name endings, a regular expression, or "all-linear". None takes q, k, v, o and
+            down projections for the model types that are known.
+        exclude_modules: names or a regular expression that target_modules must not reach.
+        modules_to_save: other modules that are trained and saved whole.
+        layers_to_transform: layer index or indices to adapt, with a list of target_modules.
+        layers_pattern: name of the model's layer list, only with layers_to_transform.
+        init_adapter_weights: False draws B like a Linear's weight instead of zeros, so that the update is not zero.
+
+    Raises:
+        UserError: a value is outside its range, on one line with the accepted values.
+    """
+
+    r: int = field(default=16, metadata={"help": "Rank of the shared projections."})
+    lora_alpha: float = field(default=16, metadata={"help": "The update is scaled by lora_alpha / r."})
+    lora_dropout: float = field(default=0.0, metadata={"help": "Dropout probability in [0, 1)."})
+    num_experts: int = field(default=8, metadata={"help": "Number of core experts."})
+    router: str = field(default="core", metadata={"help": "core: route on the r-vector h. input: route on x."})
+    core_init: str = field(default="paper", metadata={"help": "paper, orthogonal or identity."})
+    dropout_scheme: str = field(default="input", metadata={"help": "input: drop x. paper: also core and r-vector."})
+    target_modules: list[str] | str | None = field(
+        default=None, metadata={"help": "Module name endings, a regular expression, or 'all-linear'."}
+    )
+    exclude_modules: list[str] | str | None = field(default=None, metadata={"help": "Modules to leave out."})
+    modules_to_save: list[str] | None = field(default=None, metadata={"help": "Other modules trained and saved."})
+    layers_to_transform: list[int] | int | None = field(default=None, metadata={"help": "Layer indices to adapt."})
+    layers_pattern: list[str] | str | None = field(default=None, metadata={"help": "Name of the layer list."})
+    init_adapter_weights: bool = field(default=True, metadata={"help": "False: B is random instead of zero."})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = PeftType.COMOL
+        check_positive_int("r", self.r)
+        check_positive_int("num_experts", self.num_experts)
+        if not 0 <= self.lora_dropout < 1:
+            raise UserError(f"lora_dropout is {self.lora_dropout!r}; it must lie in [0, 1)")
+        check_choice("router", self.router, ROUTERS)
+        check_choice("core_init", self.core_init, tuple(CORE_INITIALIZERS))
+        check_choice("dropout_scheme", self.dropout_scheme, DROPOUT_SCHEMES)
+        self._check_modules()
+
+    def _check_modules(self) -> None:
+        for name in ("target_modules", "exclude_modules"):
+            value = getattr(self, name)
+            if isinstance(value, str):
+                try:
+                    re.compile(value)
+                except re.error as error:
+                    raise UserError(f"{name} {value!r} is not a regular expression: {error}") from error
+            elif value is not None:
+                setattr(self, name, set(value))
+        if self.layers_to_transform is not None and isinstance(self.target_modules, str):
+            raise UserError("layers_to_transform works with a list of target_modules, not with a regular expression")
+        if self.layers_pattern and self.layers_to_transform is None:
+            raise UserError(f"layers_pattern {self.layers_pattern!r} has no effect without layers_to_transform")
+
+
+def check_positive_int(name: str, value: int) -> None:
+    """Raise UserError unless value is a whole number >= 1."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise UserError(f"{name} is {value!r}; it must be a whole number of at least 1")
+
+
+def check_choice(name: str, value: str, accepted: tuple[str, ...]) -> None:
+    """Raise UserError unless value is one of the accepted ones."""
+    if value not in accepted:
+        raise UserError(f"{name} is {value!r}; it must be one of {', '.join(accepted)}")

@@ -1,0 +1,34 @@
+"""Routing: from a token's features to its gates over the experts.
+
+Glossary: E experts; the leading dimensions are whatever the layer was called with.
+"""
+
+import torch
+from torch import nn
+
+ROUTERS = ("core", "input")
+
+
+class Gates(nn.Module):
+    """logits [..., E] -> gates p [..., E], softmax over the experts.
+
+    A module without parameters so that whoever wants router statistics can register a forward hook on it and read p;
+    the layer itself knows no such listener. The softmax is computed in at least fp32 and returned in `dtype`.
+    """
+
+    def forward(self, logits: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        wide = torch.float64 if logits.dtype == torch.float64 else torch.float32
+        return torch.softmax(logits, dim=-1, dtype=wide).to(dtype)
+
+
+class PartialSums(nn.Module):
+    """Seam for a row-parallel base: what turns this rank's partial h and logits into whole ones, before routing.
+
+    In one process both are whole already and pass unchanged. `logits` is None for the core router, whose logits are
+    computed from the whole h afterwards: softmax is not linear, so partial sums may not go further.
+    """
+
+    def forward(
+        self, h: torch.Tensor, logits: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:  # [..., R], [..., E]
+        return h, logits

@@ -1,0 +1,124 @@
+"""CoMoL as a PEFT tuner: finds the target Linears of a model and wraps them."""
+
+from typing import Any, ClassVar
+
+import torch
+from peft.tuners.tuners_utils import BaseTuner
+from peft.utils import register_peft_method
+from peft.utils.error import NoMatchingPeftModuleError
+from torch import nn
+
+from comol_ds.adapters.comol_layer import NO_MERGE, CoMoLLinear
+from comol_ds.adapters.config import CoMoLConfig
+from comol_ds.errors import UserError
+
+ATTENTION_AND_DOWN = ("q_proj", "k_proj", "v_proj", "o_proj", "down_proj")
+DEFAULT_TARGET_MODULES: dict[str, tuple[str, ...] | str] = {
+    **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text"), ATTENTION_AND_DOWN),
+    # The vision tower has q_proj, k_proj and v_proj too.
+    "gemma3": rf"(.*\.)?language_model\..*\.({'|'.join(ATTENTION_AND_DOWN)})",
+}
+
+
+class CoMoLModel(BaseTuner):
+    """The tuner that `peft.get_peft_model` builds for a CoMoLConfig. Adapters are initialized in module order."""
+
+    prefix: str = "comol_"
+    tuner_layer_cls = CoMoLLinear
+    target_module_mapping: ClassVar[dict[str, tuple[str, ...] | str]] = DEFAULT_TARGET_MODULES
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """Wrap the target Linears of `model`.
+
+        Raises:
+            UserError: no module matches (the endings of the Linears that exist are listed), or a match is no Linear.
+        """
+        try:
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
+        except NoMatchingPeftModuleError as error:
+            config = self.peft_config[adapter_name]
+            raise UserError(
+                f"target_modules {_shown(config.target_modules)} match no module of the model"
+                f"{_narrowed_by(config)}; its Linear modules end in: {', '.join(linear_suffixes(model)) or 'none'}"
+            ) from error
+
+    def _prepare_adapter_config(self, peft_config: CoMoLConfig, model_config: dict) -> CoMoLConfig:
+        model_type = model_config.get("model_type")
+        if peft_config.target_modules is None and model_type not in self.target_module_mapping:
+            raise UserError(
+                f"target_modules is not set and there is no default for model type {model_type!r}; "
+                f"its Linear modules end in: {', '.join(linear_suffixes(self.model)) or 'none'}"
+            )
+        return super()._prepare_adapter_config(peft_config, model_config)
+
+    def _create_and_replace(
+        self,
+        peft_config: CoMoLConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        **_: Any,
+    ) -> None:
+        if not isinstance(target, nn.Linear | CoMoLLinear):
+            raise UserError(
+                f"target_modules match {current_key!r}, a {type(target).__name__}; CoMoL wraps nn.Linear only"
+            )
+        layer = target if isinstance(target, CoMoLLinear) else CoMoLLinear(target)
+        if layer is not target:
+            layer.set_adapter(self.active_adapters)
+            self._replace_module(parent, target_name, layer, target)
+        layer.add_adapter(
+            adapter_name,
+            r=peft_config.r,
+            lora_alpha=peft_config.lora_alpha,
+            num_experts=peft_config.num_experts,
+            router=peft_config.router,
+            core_init=peft_config.core_init,
+            lora_dropout=peft_config.lora_dropout,
+            dropout_scheme=peft_config.dropout_scheme,
+            init_adapter_weights=peft_config.init_adapter_weights,
+        )
+
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        """Adapters are born in fp32; autocast_adapter_dtype=False asks for the base's floating dtype instead."""
+        super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
+        if autocast_adapter_dtype:
+            return
+        for layer in self.model.modules():
+            if isinstance(layer, CoMoLLinear):
+                _, dtype = layer._get_base_layer_device_and_dtype(layer.get_base_layer())
+                _cast_adapter(layer, adapter_name, dtype)
+
+    def _check_merge_allowed(self) -> None:
+        raise UserError(NO_MERGE)
+
+
+def linear_suffixes(model: nn.Module) -> list[str]:
+    """Last name parts of the model's Linears, sorted: what target_modules can name."""
+    linears = (name for name, module in model.named_modules() if isinstance(module, nn.Linear | CoMoLLinear))
+    return sorted({name.removesuffix(".base_layer").rpartition(".")[2] for name in linears})
+
+
+def _cast_adapter(layer: CoMoLLinear, adapter_name: str, dtype: torch.dtype | None) -> None:
+    if dtype is None or not dtype.is_floating_point:
+        return
+    for name in layer.adapter_layer_names:
+        parameters = getattr(layer, name)
+        if adapter_name in parameters:
+            old = parameters[adapter_name]
+            parameters[adapter_name] = nn.Parameter(old.detach().to(dtype), requires_grad=old.requires_grad)
+
+
+def _shown(target_modules: Any) -> str:
+    return repr(target_modules) if isinstance(target_modules, str | None) else ", ".join(sorted(target_modules))
+
+
+def _narrowed_by(config: CoMoLConfig) -> str:
+    named = ("exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save")
+    given = [f"{name}={getattr(config, name)!r}" for name in named if getattr(config, name) not in (None, [], set())]
+    return f" (with {', '.join(given)})" if given else ""
+
+
+register_peft_method(name="comol", config_cls=CoMoLConfig, model_cls=CoMoLModel, prefix="comol_")

@@ -1,0 +1,206 @@
+"""The typed settings of a run: every flag, its unit and its default.
+
+A flag can stand on the command line or in the YAML file given with ``--config``; the command line wins.
+`comol_ds.config_parser` reads them; no torch here.
+"""
+
+from dataclasses import asdict, dataclass, field
+from typing import Any, ClassVar, Literal
+
+from comol_ds.errors import UserError
+
+# The five projections of the paper's Qwen recipe (arXiv 2603.00573).
+DEFAULT_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "down_proj")
+
+
+def option(default: Any, help: str, **argparse_options: Any) -> Any:
+    """A dataclass field with what argparse needs to know of it; mutable defaults are copied per instance."""
+    metadata = {"help": help, **argparse_options}
+    if isinstance(default, (list, tuple)):
+        return field(default_factory=lambda: list(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+@dataclass
+class ModelSettings:
+    _argument_group_name: ClassVar[str] = "model"
+
+    model_name_or_path: str | None = option(None, "Model folder or hub name. None: the embedded default.")
+    attn_implementation: Literal["sdpa", "eager", "flash_attention_2"] = option("sdpa", "Attention kernel.")
+    bf16: bool | None = option(
+        None, "Compute and store the frozen base in bfloat16 (true|false). None: true on a GPU that has it."
+    )
+    activation_checkpointing: Literal["none", "full"] = option(
+        "none", "full: keep only each decoder layer's input and recompute the rest in backward."
+    )
+
+
+@dataclass
+class AdapterSettings:
+    _argument_group_name: ClassVar[str] = "adapter"
+
+    r: int = option(16, "Rank of the shared pair (A, B) and side of every core.")
+    lora_alpha: int = option(16, "The update is scaled by lora_alpha / r.")
+    lora_dropout: float = option(0.0, "Dropout probability on the adapter's input, in [0, 1).")
+    num_experts: int = option(8, "Number of r x r core experts per adapted Linear.")
+    router: Literal["core", "input"] = option("core", "Route on the r-dimensional h, or on the layer's input.")
+    core_init: Literal["paper", "orthogonal", "identity"] = option("paper", "Initial cores.")
+    dropout_scheme: Literal["input", "paper"] = option(
+        "input", "Dropout on the input only, or in the paper's three places (slower: one r x r core per token)."
+    )
+    target_modules: list[str] = option(
+        DEFAULT_TARGETS, "Names of the Linear modules to adapt, or all-linear, or one regular expression."
+    )
+    modules_to_save: list[str] | None = option(None, "Further modules trained whole and saved with the adapter.")
+
+
+@dataclass
+class DataSettings:
+    _argument_group_name: ClassVar[str] = "data"
+
+    dataset: list[str] | None = option(
+        None, "Training data: .json, .jsonl or .parquet files, folders of them, or hub names. None: embedded default."
+    )
+    dataset_weights: list[float] | None = option(None, "Mixing weight per data set. None: concatenate.")
+    dataset_format: Literal["auto", "alpaca", "prompt_completion", "messages", "question_answer"] = option(
+        "auto", "How a record is written; auto looks at the columns."
+    )
+    dataset_split: str = option("train", "Split to read of a hub data set.")
+    eval_dataset: list[str] | None = option(None, "Validation data. None: held out of --dataset.")
+    validation_split_percentage: float = option(5.0, "Percent of the records held out when --eval_dataset is absent.")
+    max_train_records: int | None = option(None, "Use at most this many training records.")
+    max_eval_records: int | None = option(1000, "Use at most this many validation records.")
+    max_length: int = option(1024, "Longest sequence, in tokens.")
+    packing: bool = option(False, "Pack short records into rows of max_length tokens, no attention across records.")
+    group_by_length: bool = option(False, "Build batches of records of similar length.")
+    train_on_prompt: bool = option(False, "Count the prompt's tokens in the loss too.")
+    max_dropped_fraction: float = option(0.05, "Largest share of records without any label before the run refuses.")
+    streaming: bool = option(False, "Read and tokenize on the fly; needs --max_steps.")
+    preprocessing_num_workers: int | None = option(None, "Processes that tokenize. None: one.")
+    overwrite_cache: bool = option(False, "Tokenize again even if a cached result exists.")
+
+
+@dataclass
+class OptimizerSettings:
+    _argument_group_name: ClassVar[str] = "optimization"
+
+    learning_rate: float = option(1e-4, "Peak learning rate.")
+    optim: Literal["adamw_torch", "sgd"] = option("adamw_torch", "Optimizer.")
+    adam_beta1: float = option(0.9, "AdamW's first decay.")
+    adam_beta2: float = option(0.999, "AdamW's second decay.")
+    adam_epsilon: float = option(1e-8, "AdamW's epsilon.")
+    sgd_momentum: float = option(0.9, "Momentum of sgd.")
+    weight_decay: float = option(0.0, "Decoupled weight decay.")
+    max_grad_norm: float = option(1.0, "Clip the global gradient norm at this value; 0 does not clip.")
+    lr_scheduler_type: str = option("constant_with_warmup", "A schedule of transformers.get_scheduler.")
+    warmup_steps: int = option(0, "Optimizer steps of linear warm-up.")
+    num_train_epochs: float = option(3.0, "Passes over the training data, if --max_steps is not given.")
+    max_steps: int = option(-1, "Optimizer steps; overrides --num_train_epochs when positive.")
+    per_device_train_batch_size: int = option(8, "Records per rank and forward pass.")
+    per_device_eval_batch_size: int = option(8, "The same, in evaluation and generation.")
+    global_batch_size: int | None = option(
+        None, "Records per optimizer step over all ranks; accumulation follows. None: one micro-batch per rank."
+    )
+
+
+@dataclass
+class RunSettings:
+    _argument_group_name: ClassVar[str] = "run"
+
+    ds_config: str | None = option(None, "DeepSpeed JSON, for example ds_configs/zero3.json. Required.")
+    config: str | None = option(None, "YAML file of flags; a flag on the command line beats it.")
+    output_dir: str = option("out", "Run folder: metrics, checkpoints, the final adapter.")
+    overwrite_output_dir: bool = option(False, "Delete an earlier run found in --output_dir.")
+    resume_from_checkpoint: str | None = option(
+        None, "Checkpoint folder to continue from; without a value: the latest committed one.", nargs="?", const="latest"
+    )
+    seed: int = option(42, "Seed of initial weights, data order and dropout.")
+    logging_steps: int = option(10, "Optimizer steps between log lines.")
+    eval_steps: int | None = option(None, "Optimizer steps between evaluations. None: only at the end.")
+    eval_on_start: bool = option(False, "Evaluate before the first step too, and print both side by side.")
+    max_generate_records: int = option(
+        32, "Records of the evaluation answered by greedy generation, for exact match; 0: none."
+    )
+    max_new_tokens: int = option(64, "Longest generated answer, in tokens.")
+    save_steps: int = option(500, "Optimizer steps between checkpoints; one is always saved at the end.")
+    save_total_limit: int | None = option(None, "Keep at most this many checkpoints. None: all.")
+    report_to: list[str] = option(("tensorboard",), "Where to plot: tensorboard, wandb, none.")
+    collective_timeout_minutes: float = option(30.0, "Longest wait for another rank.")
+    dry_run: bool = option(False, "Print the resolved run and one tokenized example, then exit.")
+    local_rank: int = option(-1, "Set by the DeepSpeed launcher.")
+
+
+GROUPS = (ModelSettings, AdapterSettings, DataSettings, OptimizerSettings, RunSettings)
+
+
+@dataclass
+class RunConfig:
+    """All settings of one run, by group."""
+
+    model: ModelSettings = field(default_factory=ModelSettings)
+    adapter: AdapterSettings = field(default_factory=AdapterSettings)
+    data: DataSettings = field(default_factory=DataSettings)
+    optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
+    run: RunSettings = field(default_factory=RunSettings)
+
+    def flat(self) -> dict[str, Any]:
+        """Flag name -> value, over all groups."""
+        return {name: value for group in asdict(self).values() for name, value in group.items()}
+
+    def check(self) -> None:
+        """Refuse values that no run can use.
+
+        Raises:
+            UserError: naming the flag, the value and the accepted range.
+        """
+        values = self.flat()
+        for name, accepts, requirement in _RANGES:
+            value = values[name]
+            if value is not None and not accepts(value):
+                raise UserError(f"--{name} {value}: {requirement}")
+        _check_combinations(self)
+
+
+_RANGES = [
+    *((name, lambda v: v > 0, "must be a positive whole number") for name in (
+        "r", "num_experts", "lora_alpha", "max_length", "per_device_train_batch_size", "per_device_eval_batch_size",
+        "global_batch_size", "logging_steps", "eval_steps", "save_steps", "save_total_limit", "max_new_tokens",
+        "max_train_records", "max_eval_records", "preprocessing_num_workers",
+    )),
+    *((name, lambda v: v >= 0, "must not be negative") for name in (
+        "learning_rate", "weight_decay", "max_grad_norm", "warmup_steps", "max_generate_records", "adam_epsilon",
+    )),
+    *((name, lambda v: 0 <= v < 1, "must lie in [0, 1)") for name in (
+        "lora_dropout", "adam_beta1", "adam_beta2", "sgd_momentum", "max_dropped_fraction",
+    )),
+    ("validation_split_percentage", lambda v: 0 < v < 100, "must lie between 0 and 100; give --eval_dataset otherwise"),
+    ("num_train_epochs", lambda v: v > 0, "must be positive"),
+    ("collective_timeout_minutes", lambda v: v > 0, "must be positive"),
+    ("report_to", lambda v: not set(v) - {"tensorboard", "wandb", "none"}, "choose from tensorboard, wandb, none"),
+]
+
+
+def _check_combinations(config: RunConfig) -> None:
+    data, run = config.data, config.run
+    if run.ds_config is None:
+        raise UserError("--ds_config is missing; give a DeepSpeed JSON, for example ds_configs/zero3.json")
+    if data.dataset is None and config.model.model_name_or_path is not None:
+        raise UserError("--dataset is missing; --model_name_or_path without it has nothing to train on")
+    if data.dataset_weights is not None:
+        if len(data.dataset_weights) != len(data.dataset or []):
+            raise UserError(
+                f"--dataset_weights has {len(data.dataset_weights)} values for {len(data.dataset or [])} data sets;"
+                " give one per data set"
+            )
+        if min(data.dataset_weights) <= 0:
+            raise UserError(f"--dataset_weights {data.dataset_weights}: every weight must be positive")
+    if data.streaming and config.optimizer.max_steps <= 0:
+        raise UserError("--streaming needs --max_steps: a stream has no known length")
+    if data.streaming and data.group_by_length:
+        raise UserError("--group_by_length needs the lengths of all records; drop it or drop --streaming")
+    if data.streaming and data.eval_dataset is None:
+        raise UserError("--streaming needs --eval_dataset: nothing can be held out of a stream of unknown length")
+    if data.packing and data.group_by_length:
+        raise UserError("--packing and --group_by_length exclude each other; packed rows are all equally long")
+    if run.overwrite_output_dir and run.resume_from_checkpoint:
+        raise UserError("--overwrite_output_dir deletes what --resume_from_checkpoint would read; give one of them")

@@ -1,0 +1,85 @@
+"""Command line and YAML -> `RunConfig`. Defaults < YAML < flags; an unknown name is refused with the nearest one."""
+
+import difflib
+from pathlib import Path
+from typing import Any, NoReturn
+
+import yaml
+from transformers import HfArgumentParser
+
+from comol_ds.config import GROUPS, RunConfig
+from comol_ds.errors import UserError
+
+
+class _Parser(HfArgumentParser):
+    """argparse that reports an error as one `UserError` line instead of usage text and exit."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; see --help")
+
+
+def parse_run_config(argv: list[str], defaults: dict[str, Any] | None = None) -> RunConfig:
+    """Parse the flags of launch/train.py.
+
+    Args:
+        argv: the arguments after the program's name.
+        defaults: flag -> value, weaker than the YAML file and the command line.
+
+    Raises:
+        UserError: unknown flag or YAML key (names the nearest), a value of the wrong type or out of range.
+    """
+    parser = _Parser(GROUPS, prog="train.py", allow_abbrev=False, description=_DESCRIPTION)
+    known = {action.dest for action in parser._actions}
+    command_line, unknown = parser.parse_known_args(argv)
+    for word in unknown:
+        _refuse_unknown(word, known, "flag")
+    from_yaml = _read_yaml(command_line.config, known) if command_line.config else {}
+    # One path for every source: YAML and defaults become flags in front of the real ones, and the last one wins.
+    everything = [*_as_flags(defaults or {}), *_as_flags(from_yaml), *argv]
+    config = RunConfig(*parser.parse_args_into_dataclasses(everything, look_for_args_file=False))
+    config.check()
+    return config
+
+
+_DESCRIPTION = (
+    "Fine-tune a causal language model with CoMoL adapters under DeepSpeed ZeRO. "
+    "Without --model_name_or_path and --dataset it trains the embedded demonstration."
+)
+
+
+def _refuse_unknown(word: str, known: set[str], kind: str) -> NoReturn:
+    name = word.lstrip("-").split("=")[0].replace("-", "_")
+    if not word.startswith("-") and kind == "flag":
+        raise UserError(f"unexpected argument {word!r}; values follow their --flag")
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
+    mark = "--" if kind == "flag" else ""
+    raise UserError(f"unknown {kind} {mark}{name}; the nearest known name is {mark}{near}")
+
+
+def _read_yaml(path: str, known: set[str]) -> dict[str, Any]:
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"--config {path}: {error.strerror}") from error
+    try:
+        values = yaml.safe_load(text) or {}
+    except yaml.YAMLError as error:
+        raise UserError(f"--config {path} is not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(values, dict):
+        raise UserError(f"--config {path} must hold 'flag: value' lines, found a {type(values).__name__}")
+    for name in values:
+        if str(name) not in known - {"help", "config", "local_rank"}:
+            _refuse_unknown(str(name), known, "YAML key")
+    return values
+
+
+def _as_flags(values: dict[str, Any]) -> list[str]:
+    """{"packing": True, "dataset": ["a", "b"]} -> ["--packing", "true", "--dataset", "a", "b"]; None is left out."""
+    flags = []
+    for name, value in values.items():
+        if value is None:
+            continue
+        items = value if isinstance(value, (list, tuple)) else [value]
+        flags.append(f"--{name}")
+        flags.extend(str(item).lower() if isinstance(item, bool) else str(item) for item in items)
+    return flags

@@ -1,0 +1,112 @@
+"""Run settings + DeepSpeed JSON -> the resolved dictionary given to the engine. Contradictions are refused."""
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+from comol_ds.config import RunConfig
+from comol_ds.errors import UserError
+from comol_ds.layout import BatchLayout
+
+# Blocks that another part of this project owns, or that DeepSpeed cannot honour in this set-up.
+_REFUSED_BLOCKS = {
+    "elasticity": "DeepSpeed's elastic batch sizes change the global batch; remove the block",
+    "fp16": "float16 with loss scaling is not supported; use --bf16 true and remove the block",
+    "amp": "apex mixed precision is not supported; use --bf16 true and remove the block",
+    "scheduler": "the schedule belongs to the run; remove the block and set --lr_scheduler_type",
+    "optimizer": "the optimizer belongs to the run; remove the block and set --optim, --learning_rate",
+    "tensor_parallel": "tensor parallelism is not supported yet; remove the block",
+}
+
+
+def load_ds_json(path: str) -> dict[str, Any]:
+    """Read a DeepSpeed JSON file.
+
+    Raises:
+        UserError: unreadable, not JSON (with the line), or not an object.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"--ds_config {path}: {error.strerror}; ds_configs/ has working examples") from error
+    try:
+        config = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise UserError(f"--ds_config {path} is not valid JSON: line {error.lineno}: {error.msg}") from error
+    if not isinstance(config, dict):
+        raise UserError(f"--ds_config {path} must hold a JSON object, found a {type(config).__name__}")
+    return config
+
+
+def resolve_ds_config(template: dict[str, Any], config: RunConfig, batches: BatchLayout, bf16: bool) -> dict[str, Any]:
+    """Fill every "auto" of the JSON from the run and refuse values that say something else.
+
+    Args:
+        template: the JSON as the user wrote it; not changed.
+        config: the run's settings.
+        batches: the batch arithmetic of this world size.
+        bf16: the precision decided for this device.
+
+    Raises:
+        UserError: a refused block, a contradiction (both values named), an "auto" nobody can fill.
+    """
+    resolved = copy.deepcopy(template)
+    for block, reason in _REFUSED_BLOCKS.items():
+        if block in resolved and not _is_disabled(resolved[block]):
+            raise UserError(f"DeepSpeed JSON: {block!r} is refused: {reason}")
+        resolved.pop(block, None)
+    owned_by_run = {
+        "train_batch_size": (batches.global_batch, "--global_batch_size"),
+        "train_micro_batch_size_per_gpu": (batches.micro_batch, "--per_device_train_batch_size"),
+        "gradient_accumulation_steps": (batches.accumulation, "accumulation of this run"),
+        "gradient_clipping": (config.optimizer.max_grad_norm, "--max_grad_norm"),
+        "bf16.enabled": (bf16, "--bf16"),
+    }
+    for key, (value, flag) in owned_by_run.items():
+        _fill(resolved, key, value, flag)
+    # SGD and torch's own AdamW are right under every stage (the equality tests), DeepSpeed merely does not list them.
+    resolved["zero_allow_untested_optimizer"] = True
+    resolved.setdefault("steps_per_print", 10**9)  # the training loop prints
+    left = _find_auto(resolved)
+    if left:
+        raise UserError(f'DeepSpeed JSON: {left} is "auto" and the run does not set it; give a value')
+    return resolved
+
+
+def zero_stage(ds_config: dict[str, Any]) -> int:
+    """ZeRO stage 0 to 3 of a DeepSpeed JSON.
+
+    Raises:
+        UserError: any other value.
+    """
+    stage = ds_config.get("zero_optimization", {}).get("stage", 0)
+    if stage not in (0, 1, 2, 3):
+        raise UserError(f"DeepSpeed JSON: zero_optimization.stage is {stage!r}; use 0, 1, 2 or 3")
+    return stage
+
+
+def _is_disabled(block: Any) -> bool:
+    return isinstance(block, dict) and block.get("enabled") is False
+
+
+def _fill(config: dict[str, Any], dotted: str, value: Any, flag: str) -> None:
+    *parents, key = dotted.split(".")
+    for parent in parents:
+        config = config.setdefault(parent, {})
+        if not isinstance(config, dict):
+            raise UserError(f"DeepSpeed JSON: {parent!r} must be an object, found {config!r}")
+    found = config.get(key, "auto")
+    if found not in ("auto", value):
+        raise UserError(
+            f'DeepSpeed JSON says {dotted} = {found}, the run says {flag} = {value}; write "auto" in the JSON or'
+            " make them agree"
+        )
+    config[key] = value
+
+
+def _find_auto(config: Any, path: str = "") -> str | None:
+    if config == "auto":
+        return path
+    items = config.items() if isinstance(config, dict) else enumerate(config) if isinstance(config, list) else ()
+    return next((hit for key, value in items if (hit := _find_auto(value, f"{path}.{key}".lstrip(".")))), None)

@@ -1,0 +1,168 @@
+"""One function, one stated order: build the base -> attach adapters -> checkpointing and leaf modules -> engine."""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import deepspeed
+import torch
+from peft import PeftModel, get_peft_model
+from transformers import AutoModelForCausalLM, PreTrainedModel, get_scheduler
+from transformers.integrations import HfDeepSpeedConfig
+
+from comol_ds.adapters.config import CoMoLConfig
+from comol_ds.config import AdapterSettings, ModelSettings, OptimizerSettings, RunConfig
+from comol_ds.ds_config import zero_stage
+from comol_ds.errors import UserError
+
+
+@dataclass
+class Assembled:
+    """The engine and the one object that must outlive it.
+
+    transformers finds the DeepSpeed configuration through a weak reference; when ``hf_ds_config`` is collected,
+    generate() and from_pretrained() no longer know that ZeRO-3 is on.
+    """
+
+    engine: deepspeed.DeepSpeedEngine
+    hf_ds_config: HfDeepSpeedConfig | None
+    total_steps: int
+
+
+def assemble(config: RunConfig, model_path: str, ds_config: dict[str, Any], total_steps: int, bf16: bool) -> Assembled:
+    """Build everything that a training step needs.
+
+    Args:
+        config: the run's settings.
+        model_path: folder or hub name of the base model.
+        ds_config: the resolved DeepSpeed dictionary.
+        total_steps: optimizer steps of the whole run, for the schedule.
+        bf16: store the base and compute in bfloat16, with fp32 master copies of what trains.
+
+    Raises:
+        UserError: the model cannot be loaded, or the target modules match nothing.
+    """
+    stage = zero_stage(ds_config)
+    hf_ds_config = HfDeepSpeedConfig(ds_config) if stage == 3 else None
+    model = build_base(config.model, model_path, bf16)
+    model = attach_adapter(model, config.adapter, config.run.seed, bf16)
+    prepare_activations(model, config.model.activation_checkpointing, leaf_layers=stage == 3)
+    optimizer = build_optimizer(model, config.optimizer)
+    schedule = build_schedule(optimizer, config.optimizer, total_steps)
+    engine, *_ = deepspeed.initialize(
+        model=model,
+        model_parameters=[p for p in model.parameters() if p.requires_grad],
+        optimizer=optimizer,
+        lr_scheduler=schedule,
+        config=ds_config,
+    )
+    return Assembled(engine, hf_ds_config, total_steps)
+
+
+def build_base(settings: ModelSettings, model_path: str, bf16: bool) -> PreTrainedModel:
+    """The frozen base, in the compute precision. Under ZeRO-3, transformers builds it partitioned (zero.Init).
+
+    Raises:
+        UserError: no such model, or files that transformers cannot read.
+    """
+    dtype = torch.bfloat16 if bf16 else torch.float32
+    try:
+        return AutoModelForCausalLM.from_pretrained(
+            model_path, dtype=dtype, attn_implementation=settings.attn_implementation
+        )
+    except (OSError, ValueError, ImportError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(f"--model_name_or_path {model_path} cannot be loaded: {reason}") from error
+
+
+def attach_adapter(model: PreTrainedModel, settings: AdapterSettings, seed: int, bf16: bool) -> PeftModel:
+    """Freeze the base and wrap the target modules; the base's weights are neither read nor gathered.
+
+    The adapter is drawn from ``seed`` alike on every rank. With bf16 its working copy is bfloat16 like the base's:
+    ZeRO keeps the fp32 master weights, gathers base and adapter in one buffer, and that buffer has one dtype.
+
+    Raises:
+        UserError: the target modules match nothing in the model.
+    """
+    torch.manual_seed(seed)
+    try:
+        model = get_peft_model(model, comol_config(settings))
+    except ValueError as error:
+        raise UserError(f"--target_modules: {' '.join(str(error).split())}") from error
+    if bf16:
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.to(torch.bfloat16)
+    return model
+
+
+def comol_config(settings: AdapterSettings) -> CoMoLConfig:
+    """The PEFT configuration of the run's adapter settings."""
+    targets = settings.target_modules
+    # one word that is no plain name is "all-linear" or a regular expression, which PEFT takes as a string
+    single_pattern = len(targets) == 1 and not targets[0].replace(".", "").isidentifier()
+    return CoMoLConfig(
+        task_type="CAUSAL_LM",
+        r=settings.r,
+        lora_alpha=settings.lora_alpha,
+        lora_dropout=settings.lora_dropout,
+        num_experts=settings.num_experts,
+        router=settings.router,
+        core_init=settings.core_init,
+        dropout_scheme=settings.dropout_scheme,
+        target_modules=targets[0] if single_pattern else targets,
+        modules_to_save=settings.modules_to_save,
+    )
+
+
+def prepare_activations(model: PeftModel, checkpointing: str, leaf_layers: bool) -> None:
+    """Activation checkpointing, and one ZeRO-3 gather per decoder layer instead of one per Linear.
+
+    Both need the layers' inputs to require a gradient: the base below the first adapter is frozen.
+    """
+    base = model.get_base_model()
+    if checkpointing == "full":
+        base.gradient_checkpointing_enable({"use_reentrant": False})
+    if checkpointing == "full" or leaf_layers:
+        base.enable_input_require_grads()
+    if leaf_layers:
+        names = set(base._no_split_modules or [])
+        layers = {type(module) for module in base.modules() if type(module).__name__ in names}
+        if layers:
+            deepspeed.utils.set_z3_leaf_modules(model, list(layers))
+
+
+def build_optimizer(model: PeftModel, settings: OptimizerSettings) -> torch.optim.Optimizer:
+    """torch's AdamW or SGD over the trainable parameters."""
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    if settings.optim == "sgd":
+        return torch.optim.SGD(
+            trainable, settings.learning_rate, momentum=settings.sgd_momentum, weight_decay=settings.weight_decay
+        )
+    return torch.optim.AdamW(
+        trainable,
+        settings.learning_rate,
+        betas=(settings.adam_beta1, settings.adam_beta2),
+        eps=settings.adam_epsilon,
+        weight_decay=settings.weight_decay,
+    )
+
+
+def build_schedule(optimizer: torch.optim.Optimizer, settings: OptimizerSettings, total_steps: int) -> Any:
+    """A schedule of transformers.get_scheduler over ``total_steps`` optimizer steps.
+
+    Raises:
+        UserError: unknown name, or one that needs further arguments.
+    """
+    try:
+        return get_scheduler(settings.lr_scheduler_type, optimizer, settings.warmup_steps, total_steps)
+    except (ValueError, TypeError, KeyError) as error:
+        raise UserError(f"--lr_scheduler_type {settings.lr_scheduler_type}: {error}; try linear or cosine") from error
+
+
+def total_steps(settings: OptimizerSettings, steps_per_epoch: int | None) -> int:
+    """Optimizer steps of the run: --max_steps, or --num_train_epochs passes."""
+    if settings.max_steps > 0:
+        return settings.max_steps
+    assert steps_per_epoch is not None, "a stream without --max_steps is refused by the configuration"
+    return math.ceil(settings.num_train_epochs * steps_per_epoch)

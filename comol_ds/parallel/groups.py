@@ -1,0 +1,153 @@
+"""Who we are among the ranks, and small control messages between them. The only reader of RANK, WORLD_SIZE, SLURM_*.
+
+Control messages (errors, counts, record ids) go over gloo, also beside NCCL: they live in host memory, and gloo's
+monitored barrier can say which rank is missing.
+"""
+
+import os
+import socket
+import subprocess
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
+
+from comol_ds.errors import UserError
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among all: global rank, number of processes, rank on this node."""
+
+    rank: int
+    size: int
+    local_rank: int
+
+
+def read_world(environ: dict[str, str] | None = None) -> World:
+    """Read the place that the launcher gave this process: deepspeed and torchrun set RANK, srun sets SLURM_PROCID.
+
+    Plain ``python`` is a world of one. Nothing is initialized.
+
+    Raises:
+        UserError: only a part of a launcher's variables is set.
+    """
+    env = os.environ if environ is None else environ
+    if "RANK" in env:
+        names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+    elif "SLURM_PROCID" in env and int(env.get("SLURM_NTASKS", "1")) > 1:
+        names = ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID")
+    else:
+        return World(0, 1, 0)
+    missing = [name for name in names if name not in env]
+    if missing:
+        raise UserError(f"{names[0]} is set but {', '.join(missing)} is not; start with deepspeed, torchrun or srun")
+    return World(*(int(env[name]) for name in names))
+
+
+def initialize(world: World, timeout_minutes: float) -> None:
+    """Join the process group; every later wait for another rank ends after ``timeout_minutes``."""
+    os.environ.update(_rendezvous(world))
+    timeout = timedelta(minutes=timeout_minutes)
+    get_accelerator().set_device(world.local_rank)
+    deepspeed.init_distributed(timeout=timeout, auto_mpi_discovery=False, verbose=False)
+    _Control.timeout = timeout
+    if dist.get_backend() != "gloo":
+        _Control.group = dist.new_group(backend="gloo", timeout=timeout)
+
+
+def shut_down() -> None:
+    """Leave the process group, if there is one."""
+    if dist.is_initialized():
+        deepspeed.comm.destroy_process_group()
+        _Control.group = None
+
+
+def barrier(step: str) -> None:
+    """Wait for all ranks; past the time limit, raise a RuntimeError that names the missing ranks and ``step``."""
+    try:
+        dist.monitored_barrier(_Control.group, timeout=_Control.timeout, wait_all_ranks=True)
+    except RuntimeError as error:
+        raise RuntimeError(f"waiting for all ranks at {step!r}: {error}") from error
+
+
+def together(step: str, action: Callable[[], T]) -> T:
+    """Run ``action`` on every rank and go on only if it worked on all: an error on one is raised on all.
+
+    A `UserError` stays one; anything else becomes a RuntimeError that names the first failing rank.
+    """
+    result, error = None, None
+    try:
+        result = action()
+    except Exception as caught:
+        error = caught
+    reports = gather_objects(None if error is None else (isinstance(error, UserError), str(error)), step)
+    if error is not None:
+        raise error
+    failures = [(rank, report) for rank, report in enumerate(reports) if report is not None]
+    if failures:
+        rank, (by_user, message) = failures[0]
+        raise UserError(message) if by_user else RuntimeError(f"rank {rank} failed at {step!r}: {message}")
+    return result
+
+
+def first_on_each_node(world: World, step: str, action: Callable[[], T]) -> T:
+    """Run ``action`` on local rank 0, then on the others, which find its work in the cache."""
+    if world.local_rank == 0:
+        return together(step, action)  # the others wait in the call below
+    together(step, lambda: None)
+    return action()
+
+
+def gather_objects(value: Any, step: str) -> list[Any]:
+    """Every rank's picklable ``value``, in rank order, on every rank."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return [value]
+    barrier(step)
+    values = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value, group=_Control.group)
+    return values
+
+
+def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
+    """Element-wise sum over all ranks, in place, on the tensor's own device."""
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        dist.all_reduce(values)
+    return values
+
+
+class _Control:
+    """The gloo group of the control messages; None is the default group."""
+
+    group: dist.ProcessGroup | None = None
+    timeout = timedelta(minutes=30)
+
+
+def _rendezvous(world: World) -> dict[str, str]:
+    """The variables that torch's env:// rendezvous reads, where the launcher has not set them."""
+    variables = {"RANK": str(world.rank), "WORLD_SIZE": str(world.size), "LOCAL_RANK": str(world.local_rank)}
+    if "MASTER_ADDR" in os.environ and "MASTER_PORT" in os.environ:
+        return variables
+    if world.size == 1:
+        return variables | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
+    if "SLURM_JOB_ID" not in os.environ:
+        raise UserError("MASTER_ADDR and MASTER_PORT are not set; start with deepspeed, torchrun or srun")
+    nodes = subprocess.run(
+        ["scontrol", "show", "hostnames"], capture_output=True, text=True, check=True, timeout=60
+    ).stdout.split()
+    # one port per job and restart, so that a requeued job never meets its own old rendezvous
+    job, restart = int(os.environ["SLURM_JOB_ID"]), int(os.environ.get("SLURM_RESTART_COUNT", "0"))
+    return variables | {"MASTER_ADDR": nodes[0], "MASTER_PORT": str(20000 + (job * 7 + restart) % 10000)}
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]

@@ -1,0 +1,1 @@
+"""The run: data, batches, the training loop, metrics and checkpoints."""

@@ -1,0 +1,59 @@
+"""What a run says about itself in words: --dry_run, the lines at the start, the table at the end."""
+
+import json
+
+import yaml
+
+from comol_ds.training.data import prepare_data
+from comol_ds.training.evaluation import Evaluation, comparison_table
+from comol_ds.training.plan import RunPlan, load_tokenizer
+from comol_ds.training.tokenization import format_example
+
+
+def describe_run(plan: RunPlan) -> str:
+    """The resolved configuration, batch arithmetic, parameter counts, data report and one tokenized example.
+
+    Raises:
+        UserError: the data cannot be used.
+    """
+    tokenizer = load_tokenizer(plan.config.model.model_name_or_path)
+    data = prepare_data(plan.config.data, tokenizer, plan.config.run.seed)
+    example = next(iter(data.train))
+    return "\n".join(
+        [
+            "# run",
+            yaml.safe_dump(plan.config.flat(), sort_keys=False).rstrip(),
+            "# DeepSpeed",
+            json.dumps(plan.ds_config, indent=2),
+            "# sizes",
+            f"batches: {plan.batches}",
+            parameters_line(plan),
+            data.report.summary(),
+            "# first training record, [[ ]] around what the loss counts",
+            format_example(example, tokenizer),
+        ]
+    )
+
+
+def parameters_line(plan: RunPlan) -> str:
+    """Trainable and all parameters, in PEFT's words."""
+    share = 100 * plan.trainable_parameters / plan.all_parameters
+    return (
+        f"trainable params: {plan.trainable_parameters:,d} || all params: {plan.all_parameters:,d}"
+        f" || trainable%: {share:.4f}"
+    )
+
+
+def result_lines(plan: RunPlan, evaluations: list[Evaluation]) -> list[str]:
+    """What was learnt, where everything is, and a next command."""
+    before = evaluations[0] if len(evaluations) > 1 else None
+    changed = " (first evaluation -> last)" if before else ""
+    return [
+        f"\nheld-out records{changed}:",
+        comparison_table(before, evaluations[-1]),
+        f"\nadapter:       {plan.folder.adapter}",
+        f"metrics:       {plan.folder.metrics}",
+        f"router load:   {plan.folder.router_load}",
+        f"checkpoints:   {plan.folder.checkpoints}",
+        f"next:          tensorboard --logdir {plan.folder.path / 'tensorboard'}",
+    ]

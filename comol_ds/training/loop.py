@@ -1,0 +1,201 @@
+"""The whole run, read top to bottom as a story of named steps."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase
+
+from comol_ds.adapters.adapter_folder import write_adapter
+from comol_ds.config import RunConfig
+from comol_ds.parallel import groups
+from comol_ds.parallel.assemble import Assembled, assemble, total_steps
+from comol_ds.parallel.device import device
+from comol_ds.parallel.zero_partition import gather_adapter
+from comol_ds.training.batches import EvalBatches, TrainBatches, generation_batches
+from comol_ds.training.checkpoint import Position, load_checkpoint, peft_config, save_checkpoint
+from comol_ds.training.data import PreparedData, prepare_data
+from comol_ds.training.describe import describe_run, parameters_line, result_lines
+from comol_ds.training.evaluation import Evaluation, evaluate
+from comol_ds.training.metrics import Metrics
+from comol_ds.training.plan import RunPlan, load_tokenizer, plan_run
+from comol_ds.training.router_load import RouterLoad
+from comol_ds.training.run_folder import append_json_line
+from comol_ds.training.step import train_step
+from comol_ds.training.streaming import StreamingBatches
+
+
+@dataclass
+class Run:
+    """What the steps of the story hand to each other."""
+
+    plan: RunPlan
+    tokenizer: PreTrainedTokenizerBase
+    data: PreparedData
+    batches: TrainBatches | StreamingBatches
+    assembled: Assembled
+    router_load: RouterLoad
+    metrics: Metrics
+    evaluations: list[Evaluation] = field(default_factory=list)
+
+    @property
+    def engine(self) -> Any:
+        return self.assembled.engine
+
+    @property
+    def is_main(self) -> bool:
+        return self.plan.world.rank == 0
+
+
+def run(config: RunConfig, world: groups.World) -> None:
+    """Train one adapter, from configuration to verified adapter folder.
+
+    Args:
+        config: settings with model_name_or_path and dataset filled in.
+        world: this process among all.
+
+    Raises:
+        UserError: bad configuration or input, on every rank, before any trains.
+    """
+    plan = plan_run(config, world)
+    if config.run.dry_run:
+        if world.rank == 0:
+            print(describe_run(plan))
+        return
+    groups.initialize(world, config.run.collective_timeout_minutes)
+    try:
+        state = set_up(plan)
+        if config.run.eval_on_start and plan.start.step == 0:
+            evaluate_now(state, step=0)
+        train(state)
+        evaluate_now(state, step=state.assembled.total_steps)
+        write_final_adapter(state)
+        say(plan, *result_lines(plan, state.evaluations))
+    finally:
+        groups.shut_down()
+
+
+def set_up(plan: RunPlan) -> Run:
+    """Data, model, engine and run folder; continues a checkpoint if the plan found one."""
+    config, world = plan.config, plan.world
+    say(plan, *plan.passed_over, f"batches: {plan.batches}", parameters_line(plan))
+    tokenizer = load_tokenizer(config.model.model_name_or_path)
+    data = groups.first_on_each_node(
+        world, "prepare the data", lambda: prepare_data(config.data, tokenizer, config.run.seed)
+    )
+    say(plan, data.report.summary())
+    batches = train_batches(plan, data, tokenizer.pad_token_id)
+    steps = total_steps(config.optimizer, batches.steps_per_epoch)
+    assembled = assemble(config, config.model.model_name_or_path, plan.ds_config, steps, plan.bf16)
+    if plan.checkpoint is not None:
+        load_checkpoint(assembled.engine, plan.checkpoint, world)
+        say(plan, f"resumed from {plan.checkpoint}: step {plan.start.step} of {steps}")
+    elif config.run.resume_from_checkpoint:
+        say(plan, f"no checkpoint in {plan.folder.checkpoints} yet: starting from step 0")
+    groups.together("prepare the run folder", lambda: prepare_folder(plan))
+    return Run(plan, tokenizer, data, batches, assembled, RouterLoad(assembled.engine.module), Metrics(plan))
+
+
+def prepare_folder(plan: RunPlan) -> None:
+    """Rank 0 creates the run folder and writes the resolved configuration."""
+    if plan.world.rank == 0:
+        plan.folder.prepare(plan.config, plan.ds_config, plan.start.step)
+
+
+def train(state: Run) -> None:
+    """Optimizer steps from the plan's start to the end, with logging, evaluation and checkpoints on the way."""
+    plan, settings, last = state.plan, state.plan.config.run, state.assembled.total_steps
+    where = device()
+    progress = tqdm(total=last, initial=plan.start.step, disable=not state.is_main, unit="step")
+    for position, micro_batches in steps_from(state.batches, plan.start, last):
+        step = position.step
+        result = train_step(state.engine, micro_batches, state.router_load, plan.world.size, where, step)
+        state.metrics.add(result)
+        progress.update()
+        if step % settings.logging_steps == 0 or step == last:
+            line = state.metrics.log(step, state.engine.get_lr()[0])
+            progress.set_postfix_str(f"loss {line['loss']:.4f}, {line['tokens_per_second']:.0f} tokens/s")
+            log_router_load(state, step)
+        if settings.eval_steps and step % settings.eval_steps == 0 and step != last:
+            evaluate_now(state, step)
+        if step % settings.save_steps == 0 or step == last:
+            folder, limit = plan.folder.checkpoints, settings.save_total_limit
+            save_checkpoint(state.engine, folder, position, plan.identity, plan.world, limit)
+    progress.close()
+
+
+def steps_from(
+    batches: TrainBatches | StreamingBatches, start: Position, last: int
+) -> Iterator[tuple[Position, list[dict[str, Any]]]]:
+    """This rank's micro-batches of the steps after ``start`` up to ``last``, and the position after each step."""
+    step, epoch, done = start.step, start.epoch, start.step_in_epoch
+    while step < last:
+        for micro_batches in batches.epoch(epoch, done):
+            step, done = step + 1, done + 1
+            yield Position(step, epoch, done), micro_batches
+            if step == last:
+                return
+        epoch, done = epoch + 1, 0
+
+
+def train_batches(plan: RunPlan, data: PreparedData, pad_token_id: int) -> TrainBatches | StreamingBatches:
+    """This rank's share of every global batch."""
+    settings = plan.config.data
+    share = {
+        "micro_batch_size": plan.batches.micro_batch,
+        "accumulation": plan.batches.accumulation,
+        "dp_rank": plan.world.rank,
+        "dp_world": plan.world.size,
+        "seed": plan.config.run.seed,
+        "packing": settings.packing,
+        "max_length": settings.max_length,
+        "pad_token_id": pad_token_id,
+    }
+    if settings.streaming:
+        return StreamingBatches(data.train, **share)
+    return TrainBatches(data.train, group_by_length=settings.group_by_length, **share)
+
+
+def evaluate_now(state: Run, step: int) -> None:
+    """Score the validation records and log the result."""
+    settings, world, records = state.plan.config, state.plan.world, state.data.validation
+    size = settings.optimizer.per_device_eval_batch_size
+    pad = state.tokenizer.pad_token_id
+    prompts = generation_batches(records, size, world.rank, world.size, pad, settings.run.max_generate_records)
+    evaluation = evaluate(
+        state.engine,
+        sorted(set(records["task"])),
+        EvalBatches(records, size, world.rank, world.size, pad),
+        prompts,
+        state.tokenizer,
+        settings.run.max_new_tokens,
+        device(),
+    )
+    state.evaluations.append(evaluation)
+    state.metrics.log_evaluation(step, evaluation)
+
+
+def log_router_load(state: Run, step: int) -> None:
+    """One line of router_load.jsonl. A collective call."""
+    load = state.router_load.pop()
+    if state.is_main and load is not None:
+        append_json_line(state.plan.folder.router_load, {"step": step, **load})
+
+
+def write_final_adapter(state: Run) -> None:
+    """The adapter folder: whole, finite, and read back before the run says done."""
+    adapter = gather_adapter(state.engine)
+
+    def write() -> None:
+        if state.is_main:
+            write_adapter(adapter, peft_config(state.engine), state.plan.folder.adapter)
+
+    groups.together("write the final adapter", write)
+
+
+def say(plan: RunPlan, *lines: str) -> None:
+    """Print on rank 0."""
+    if plan.world.rank == 0:
+        for line in lines:
+            print(line, flush=True)

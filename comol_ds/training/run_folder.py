@@ -1,0 +1,74 @@
+"""The run folder: where everything of a run is written, and what is written there while it trains."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from comol_ds.config import RunConfig
+from comol_ds.errors import UserError
+
+
+class RunFolder:
+    """Paths below --output_dir and writers for them. Rank 0 writes; the other ranks only ask for paths."""
+
+    def __init__(self, output_dir: str):
+        self.path = Path(output_dir)
+        self.checkpoints = self.path / "checkpoints"
+        self.adapter = self.path / "adapter"
+        self.metrics = self.path / "metrics.jsonl"
+        self.router_load = self.path / "router_load.jsonl"
+        self.evaluations = self.path / "evaluations.jsonl"
+
+    def check_free(self, overwrite: bool) -> None:
+        """Refuse to mix two runs. Reads only; not to be asked when resuming.
+
+        Raises:
+            UserError: checkpoints of an earlier run, and ``overwrite`` is false.
+        """
+        if self.path.exists() and not self.path.is_dir():
+            raise UserError(f"--output_dir {self.path} is a file; choose a folder")
+        if not overwrite and any(self.checkpoints.glob("step_*")):
+            raise UserError(
+                f"--output_dir {self.path} holds checkpoints of an earlier run; continue it with"
+                " --resume_from_checkpoint, delete it with --overwrite_output_dir, or choose another folder"
+            )
+
+    def prepare(self, config: RunConfig, ds_config: dict[str, Any], from_step: int) -> None:
+        """Create the folder, write the resolved configuration, drop log lines past the step we start from."""
+        if config.run.overwrite_output_dir:
+            self._delete_earlier_run()
+        self.path.mkdir(parents=True, exist_ok=True)
+        (self.path / "config.yaml").write_text(yaml.safe_dump(config.flat(), sort_keys=False), encoding="utf-8")
+        (self.path / "ds_config.json").write_text(json.dumps(ds_config, indent=2) + "\n", encoding="utf-8")
+        for log in (self.metrics, self.router_load, self.evaluations):
+            _keep_until(log, from_step)
+
+    def _delete_earlier_run(self) -> None:
+        """Delete what a run writes, and only that: --output_dir may hold other things."""
+        for folder in (self.checkpoints, self.adapter, self.path / "tensorboard"):
+            shutil.rmtree(folder, ignore_errors=True)
+        for log in (self.metrics, self.router_load, self.evaluations):
+            log.unlink(missing_ok=True)
+
+
+def append_json_line(path: Path, record: dict[str, Any]) -> None:
+    """Append one JSON object as one line."""
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(record) + "\n")
+
+
+def _keep_until(path: Path, step: int) -> None:
+    """Drop the lines of steps after ``step``: a resumed run writes them again. A half-written last line goes too."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line + "\n")
+        except json.JSONDecodeError:
+            break
+    path.write_text("".join(kept), encoding="utf-8")

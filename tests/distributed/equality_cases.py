@@ -1,0 +1,56 @@
+"""What the equality test trains: the same steps in one plain PyTorch process and under DeepSpeed."""
+
+from dataclasses import asdict, dataclass
+
+from comol_ds.config import AdapterSettings, ModelSettings, OptimizerSettings, RunConfig, RunSettings
+
+STEPS = 6
+GLOBAL_BATCH = 8
+
+
+@dataclass(frozen=True)
+class Case:
+    """One combination that must equal one process."""
+
+    ds_config: str
+    accumulation: int
+    optim: str
+    checkpointing: str
+
+    @property
+    def name(self) -> str:
+        return "-".join(map(str, asdict(self).values()))
+
+    def run_config(self, model: str) -> RunConfig:
+        # SGD without Adam's normalization shows a wrong gradient scale; clipping at 0.05 is active in every step
+        learning_rate = 0.5 if self.optim == "sgd" else 5e-3
+        return RunConfig(
+            model=ModelSettings(model_name_or_path=model, activation_checkpointing=self.checkpointing),
+            adapter=AdapterSettings(
+                r=4, lora_alpha=8, num_experts=3, target_modules=["all-linear"], core_init="orthogonal"
+            ),
+            optimizer=OptimizerSettings(
+                learning_rate=learning_rate,
+                optim=self.optim,
+                weight_decay=0.01,
+                max_grad_norm=0.05,
+                lr_scheduler_type="cosine",
+                warmup_steps=2,
+                max_steps=STEPS,
+                global_batch_size=GLOBAL_BATCH,
+            ),
+            run=RunSettings(ds_config=f"ds_configs/{self.ds_config}.json", seed=7),
+        )
+
+
+CASES = [
+    *(
+        Case(ds_config, accumulation, optim, checkpointing)
+        for ds_config in ("zero1", "zero2", "zero3")
+        for accumulation in (1, 4)
+        for optim in ("adamw_torch", "sgd")
+        for checkpointing in ("none", "full")
+    ),
+    Case("zero3_offload", 1, "adamw_torch", "none"),
+    Case("zero3_offload", 4, "sgd", "full"),
+]

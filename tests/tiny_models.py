@@ -1,0 +1,50 @@
+"""Tiny random models and batches that the tests build from configurations."""
+
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, Gemma3TextConfig, LlamaConfig, MistralConfig, PretrainedConfig, Qwen3Config
+
+VOCABULARY = 96
+
+_SIZES = {
+    "vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 256,
+    "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
+
+FAMILIES: dict[str, PretrainedConfig] = {
+    "llama": LlamaConfig(**_SIZES),
+    "qwen3": Qwen3Config(**_SIZES),
+    "mistral": MistralConfig(**_SIZES, sliding_window=None),
+    "gemma3": Gemma3TextConfig(**_SIZES, sliding_window=16, layer_types=["sliding_attention", "full_attention"]),
+}
+
+
+def save_tiny_model(folder: Path, family: str = "llama", seed: int = 0) -> Path:
+    """Write a random fp32 model of a family; returns the folder."""
+    torch.manual_seed(seed)
+    AutoModelForCausalLM.from_config(FAMILIES[family]).save_pretrained(folder)
+    return folder
+
+
+def random_batch(rows: int, seed: int, longest: int = 24) -> dict:
+    """Rows of different lengths, right-padded, with the first third of each without a label."""
+    generator = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(6, longest + 1, (rows,), generator=generator)
+    input_ids = torch.randint(3, VOCABULARY, (rows, longest), generator=generator)
+    positions = torch.arange(longest)
+    attention_mask = (positions < lengths[:, None]).long()
+    with_label = (positions >= lengths[:, None] // 3) & attention_mask.bool()
+    return {
+        "input_ids": torch.where(attention_mask.bool(), input_ids, 0),
+        "labels": torch.where(with_label, input_ids, -100),
+        "attention_mask": attention_mask,
+        "record_ids": [f"random:{seed}:{row}" for row in range(rows)],
+        "tasks": ["random"] * rows,
+    }
+
+
+def slice_batch(batch: dict, rows: slice) -> dict:
+    """Some rows of a batch."""
+    return {name: value[rows] for name, value in batch.items()}
