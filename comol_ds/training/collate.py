@@ -32,7 +32,8 @@ def packed_batch(bins: Sequence[Sequence[dict[str, Any]]], pad_token_id: int) ->
     """Several records per row, padded on the right to the longest row; the pad tail is one more sequence.
 
     Returns:
-        int64 `input_ids`, `labels`, `position_ids` [B, T]; `record_ids` and `tasks` of all records, row after row.
+        int64 `input_ids`, `labels`, `position_ids` [B, T]; bool `valid_mask` [B, T], False in the pad tail, which is
+        for counting and not for the model; `record_ids` and `tasks` of all records, row after row.
     """
     rows = [join_records(records) for records in bins]
     longest = max(len(row["input_ids"]) for row in rows)
@@ -41,6 +42,7 @@ def packed_batch(bins: Sequence[Sequence[dict[str, Any]]], pad_token_id: int) ->
         "input_ids": _stack([row["input_ids"] for row in rows], pad_token_id),
         "labels": _stack([row["labels"] for row in rows], IGNORED),
         "position_ids": torch.tensor(positions),
+        "valid_mask": _stack([[1] * len(row["input_ids"]) for row in rows], 0).bool(),
         "record_ids": [record["record_id"] for records in bins for record in records],
         "tasks": [record["task"] for records in bins for record in records],
     }

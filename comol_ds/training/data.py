@@ -76,7 +76,8 @@ def prepare_data(settings: DataSettings, tokenizer: PreTrainedTokenizerBase, see
     should call this first; the others then find its work.
 
     Args:
-        settings: what to read and how; `dataset` must be given.
+        settings: what to read and how; `dataset` must be given. Folders and hub names among `eval_dataset` are read
+            at their validation split.
         tokenizer: has an end-of-sequence token, and a chat template for data in the messages format.
         seed: decides which records are held out and which subset is taken.
 

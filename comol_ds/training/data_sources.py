@@ -67,7 +67,7 @@ def find_sources(entries: list[str], split: str, data_format: str, streaming: bo
     Raises:
         UserError: something is missing, empty, unreadable or has no known columns.
     """
-    paths = [_files(Path(entry), split) if _is_local(entry) else [] for entry in entries]
+    paths = [_files(Path(entry).expanduser(), split) if _is_local(entry) else [] for entry in entries]
     stems = [path.stem for files in paths for path in files]
     found = []
     for entry, files in zip(entries, paths, strict=True):
@@ -103,7 +103,7 @@ def read_texts(sources: tuple[Source, ...], streaming: bool = False) -> Iterator
 
 def _is_local(entry: str) -> bool:
     """A hub name is "name" or "owner/name", maybe with ":config"; whatever exists or looks like a path is not one."""
-    path = Path(entry)
+    path = Path(entry).expanduser()
     if path.exists():
         return True
     if path.suffix in SUFFIXES or entry.startswith(("/", ".", "~")) or entry.count("/") > 1 or not entry.strip():
@@ -194,21 +194,21 @@ def _hub_rows(source: Source, streaming: bool) -> Iterator[tuple[int, dict[str, 
 
 
 def _file_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    if path.suffix == ".parquet":
-        rows = _parquet_rows(path)
-    elif path.suffix == ".json" and _starts_with(path) == b"[":
-        rows = _json_list_rows(path)
-    else:
-        rows = _json_line_rows(path)
-    for number, row in rows:
-        if not isinstance(row, dict):
-            raise UserError(f"{path} row {number}: {type(row).__name__}, expected a JSON object per record")
-        yield number, row
+    rows = {".parquet": _parquet_rows, ".json": _json_rows}.get(path.suffix, _json_line_rows)(path)
+    try:
+        for number, row in rows:
+            if not isinstance(row, dict):
+                raise UserError(f"{path} row {number}: {type(row).__name__}, expected a JSON object per record")
+            yield number, row
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror or error}); check the file") from error
 
 
-def _starts_with(path: Path) -> bytes:
+def _json_rows(path: Path) -> Iterator[tuple[int, Any]]:
+    """A .json file is one list of records, or one record per line."""
     with path.open("rb") as file:
-        return file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()[:1]
+        start = file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()[:1]
+    yield from _json_list_rows(path) if start == b"[" else _json_line_rows(path)
 
 
 def _json_line_rows(path: Path) -> Iterator[tuple[int, Any]]:
@@ -240,7 +240,7 @@ def _json_list_rows(path: Path) -> Iterator[tuple[int, Any]]:
 def _parquet_rows(path: Path) -> Iterator[tuple[int, Any]]:
     try:
         file = parquet.ParquetFile(path)
-    except (pyarrow.ArrowInvalid, OSError) as error:
+    except pyarrow.ArrowInvalid as error:
         raise UserError(f"{path}: not a readable Parquet file; write it again") from error
     number = 0
     for batch in file.iter_batches(batch_size=1000):

@@ -93,11 +93,12 @@ def _add_matches(
     greedy = GenerationConfig(
         max_new_tokens=max_new_tokens,
         do_sample=False,
+        use_cache=True,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
     output = engine.module.generate(
-        input_ids=prompt, attention_mask=batch["attention_mask"].to(device), generation_config=greedy, use_cache=True
+        input_ids=prompt, attention_mask=batch["attention_mask"].to(device), generation_config=greedy
     )
     answers = tokenizer.batch_decode(output[:, prompt.shape[1] :], skip_special_tokens=True)
     for task, answer, reference in zip(batch["tasks"], answers, batch["references"], strict=True):

@@ -58,6 +58,7 @@ def run(config: RunConfig, world: groups.World) -> None:
     Raises:
         UserError: bad configuration or input, on every rank, before any trains.
     """
+    groups.quiet_libraries()
     plan = plan_run(config, world)
     if config.run.dry_run:
         if world.rank == 0:

@@ -23,7 +23,5 @@ def token_losses(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """
     predictions = logits[:, :-1].float()  # B T-1 V
     targets = labels[:, 1:]
-    losses = F.cross_entropy(
-        predictions.flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="none"
-    )
+    losses = F.cross_entropy(predictions.flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="none")
     return losses.view_as(targets)

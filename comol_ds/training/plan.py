@@ -1,6 +1,6 @@
 """Everything about a run that can be decided, and refused, before a rank waits for another or weights are read."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -46,10 +46,13 @@ def plan_run(config: RunConfig, world: World) -> RunPlan:
     Raises:
         UserError: the first thing that no run can use.
     """
-    batches = plan_batches(
-        world.size, config.optimizer.per_device_train_batch_size, config.optimizer.global_batch_size
-    )
+    batches = plan_batches(world.size, config.optimizer.per_device_train_batch_size, config.optimizer.global_batch_size)
     bf16 = decide_bf16(config.model.bf16)
+    config = replace(
+        config,
+        model=replace(config.model, bf16=bf16),
+        optimizer=replace(config.optimizer, global_batch_size=batches.global_batch),
+    )
     ds_config = resolve_ds_config(load_ds_json(config.run.ds_config), config, batches, bf16)
     trainable, everything = preview_parameters(config)
     identity = RunIdentity(

@@ -70,7 +70,7 @@ def token_stream(sources: tuple[Source, ...], encode: RecordTokenizer) -> datase
 
 @contextmanager
 def user_errors() -> Iterator[None]:
-    """Raise the UserError that datasets wrapped in its own exceptions."""
+    """Raise the UserError or OSError that datasets wrapped in its own exceptions."""
     try:
         yield
     except UserError:
@@ -78,7 +78,7 @@ def user_errors() -> Iterator[None]:
     except Exception as error:
         cause: BaseException | None = error
         while cause is not None:
-            if isinstance(cause, UserError):
+            if isinstance(cause, UserError | OSError):
                 raise cause from None
             cause = cause.__cause__ or cause.__context__
         raise
