@@ -59,7 +59,9 @@ class DataSettings:
     _argument_group_name: ClassVar[str] = "data"
 
     dataset: list[str] | None = option(
-        None, "Training data: .json, .jsonl or .parquet files, folders of them, or hub names. None: embedded default."
+        None,
+        "Training data: .json, .jsonl or .parquet files, folders of them, or hub names (name or name:config)."
+        " None: the embedded default.",
     )
     dataset_weights: list[float] | None = option(None, "Mixing weight per data set. None: concatenate.")
     dataset_format: Literal["auto", "alpaca", "prompt_completion", "messages", "question_answer"] = option(
@@ -112,7 +114,10 @@ class RunSettings:
     output_dir: str = option("out", "Run folder: metrics, checkpoints, the final adapter.")
     overwrite_output_dir: bool = option(False, "Delete an earlier run found in --output_dir.")
     resume_from_checkpoint: str | None = option(
-        None, "Checkpoint folder to continue from; without a value: the latest committed one.", nargs="?", const="latest"
+        None,
+        "Checkpoint folder to continue from; without a value: the latest committed one.",
+        nargs="?",
+        const="latest",
     )
     seed: int = option(42, "Seed of initial weights, data order and dropout.")
     logging_steps: int = option(10, "Optimizer steps between log lines.")
@@ -144,8 +149,10 @@ class RunConfig:
     run: RunSettings = field(default_factory=RunSettings)
 
     def flat(self) -> dict[str, Any]:
-        """Flag name -> value, over all groups."""
-        return {name: value for group in asdict(self).values() for name, value in group.items()}
+        """Flag name -> value over all groups, without the two that say where the others come from."""
+        values = {name: value for group in asdict(self).values() for name, value in group.items()}
+        del values["config"], values["local_rank"]
+        return values
 
     def check(self) -> None:
         """Refuse values that no run can use.
@@ -162,17 +169,47 @@ class RunConfig:
 
 
 _RANGES = [
-    *((name, lambda v: v > 0, "must be a positive whole number") for name in (
-        "r", "num_experts", "lora_alpha", "max_length", "per_device_train_batch_size", "per_device_eval_batch_size",
-        "global_batch_size", "logging_steps", "eval_steps", "save_steps", "save_total_limit", "max_new_tokens",
-        "max_train_records", "max_eval_records", "preprocessing_num_workers",
-    )),
-    *((name, lambda v: v >= 0, "must not be negative") for name in (
-        "learning_rate", "weight_decay", "max_grad_norm", "warmup_steps", "max_generate_records", "adam_epsilon",
-    )),
-    *((name, lambda v: 0 <= v < 1, "must lie in [0, 1)") for name in (
-        "lora_dropout", "adam_beta1", "adam_beta2", "sgd_momentum", "max_dropped_fraction",
-    )),
+    *(
+        (name, lambda v: v > 0, "must be a positive whole number")
+        for name in (
+            "r",
+            "num_experts",
+            "lora_alpha",
+            "max_length",
+            "per_device_train_batch_size",
+            "per_device_eval_batch_size",
+            "global_batch_size",
+            "logging_steps",
+            "eval_steps",
+            "save_steps",
+            "save_total_limit",
+            "max_new_tokens",
+            "max_train_records",
+            "max_eval_records",
+            "preprocessing_num_workers",
+        )
+    ),
+    *(
+        (name, lambda v: v >= 0, "must not be negative")
+        for name in (
+            "learning_rate",
+            "weight_decay",
+            "max_grad_norm",
+            "warmup_steps",
+            "max_generate_records",
+            "adam_epsilon",
+        )
+    ),
+    *(
+        (name, lambda v: 0 <= v < 1, "must lie in [0, 1)")
+        for name in (
+            "lora_dropout",
+            "adam_beta1",
+            "adam_beta2",
+            "sgd_momentum",
+            "max_dropped_fraction",
+        )
+    ),
     ("validation_split_percentage", lambda v: 0 < v < 100, "must lie between 0 and 100; give --eval_dataset otherwise"),
     ("num_train_epochs", lambda v: v > 0, "must be positive"),
     ("collective_timeout_minutes", lambda v: v > 0, "must be positive"),

@@ -3,9 +3,18 @@
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, Gemma3TextConfig, LlamaConfig, MistralConfig, PretrainedConfig, Qwen3Config
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma3TextConfig,
+    LlamaConfig,
+    MistralConfig,
+    PretrainedConfig,
+    Qwen3Config,
+)
 
-VOCABULARY = 96
+from tests.data.data_helpers import tiny_tokenizer
+
+VOCABULARY = 400  # of the tests' tokenizer
 
 _SIZES = {
     "vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
@@ -22,9 +31,10 @@ FAMILIES: dict[str, PretrainedConfig] = {
 
 
 def save_tiny_model(folder: Path, family: str = "llama", seed: int = 0) -> Path:
-    """Write a random fp32 model of a family; returns the folder."""
+    """Write a random fp32 model of a family with a tokenizer; returns the folder."""
     torch.manual_seed(seed)
     AutoModelForCausalLM.from_config(FAMILIES[family]).save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
     return folder
 
 

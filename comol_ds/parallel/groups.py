@@ -4,9 +4,11 @@ Control messages (errors, counts, record ids) go over gloo, also beside NCCL: th
 monitored barrier can say which rank is missing.
 """
 
+import logging
 import os
 import socket
 import subprocess
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
@@ -50,6 +52,12 @@ def read_world(environ: dict[str, str] | None = None) -> World:
     if missing:
         raise UserError(f"{names[0]} is set but {', '.join(missing)} is not; start with deepspeed, torchrun or srun")
     return World(*(int(env[name]) for name in names))
+
+
+def quiet_libraries() -> None:
+    """DeepSpeed 0.19 calls collectives that torch 2.13 has renamed: one FutureWarning per call site and rank."""
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed|transformers")
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
 
 
 def initialize(world: World, timeout_minutes: float) -> None:

@@ -4,7 +4,7 @@
         deepspeed/       DeepSpeed's own files, without the frozen weights
         rng_rank<r>.pt   random state of rank r
         adapter/         the adapter folder at this step, whole tensors
-        state.json       position, and the settings that a resumed run must share
+        state.json       step, and the settings that a resumed run must share
         COMMITTED        written last: size of every file; without it, or with a file short, the folder is not used
 
 All ranks see one folder: --output_dir lies on a file system that they share.
@@ -27,15 +27,6 @@ from comol_ds.parallel.zero_partition import gather_adapter
 
 MARKER = "COMMITTED"
 _TAG = "deepspeed"
-
-
-@dataclass(frozen=True)
-class Position:
-    """Where a run stands: optimizer steps done, and where in the data that is."""
-
-    step: int = 0
-    epoch: int = 0
-    step_in_epoch: int = 0
 
 
 @dataclass(frozen=True)
@@ -69,19 +60,19 @@ class RunIdentity:
 
 
 def save_checkpoint(
-    engine: Any, folder: Path, position: Position, identity: RunIdentity, world: World, limit: int | None
+    engine: Any, folder: Path, step: int, identity: RunIdentity, world: World, limit: int | None
 ) -> None:
     """Write and commit checkpoints/step_<n>, then delete the oldest beyond ``limit``. A collective call."""
-    target = folder / f"step_{position.step}"
+    target = folder / f"step_{step}"
     together("clear the checkpoint folder", lambda: _clear(target) if world.rank == 0 else None)
     engine.save_checkpoint(str(target), tag=_TAG, save_latest=False, exclude_frozen_parameters=True)
     adapter = gather_adapter(engine)
-    together("write the checkpoint", lambda: _write_own_files(engine, target, position, identity, world, adapter))
+    together("write the checkpoint", lambda: _write_own_files(engine, target, step, identity, world, adapter))
     together("commit the checkpoint", lambda: _commit(folder, target, limit) if world.rank == 0 else None)
 
 
 def load_checkpoint(engine: Any, checkpoint: Path, world: World) -> None:
-    """Restore everything but the data position, which is the step. A collective call."""
+    """Restore everything but the data position, which follows from the step. A collective call."""
     path, _ = engine.load_checkpoint(str(checkpoint), tag=_TAG, load_module_strict=False)
     if path is None:
         raise RuntimeError(f"DeepSpeed found nothing to load in {checkpoint}")
@@ -122,15 +113,15 @@ def find_checkpoint(resume_from: str, folder: Path) -> tuple[Path | None, list[s
     return None, passed_over
 
 
-def read_position(checkpoint: Path, identity: RunIdentity) -> Position:
-    """Where a committed checkpoint stands.
+def read_step(checkpoint: Path, identity: RunIdentity) -> int:
+    """Optimizer steps done at a committed checkpoint.
 
     Raises:
         UserError: another run's identity, see `RunIdentity.check_same`.
     """
     state = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
     identity.check_same(state["identity"], checkpoint)
-    return Position(**state["position"])
+    return state["step"]
 
 
 def fault_of(checkpoint: Path) -> str | None:
@@ -170,7 +161,7 @@ def _clear(target: Path) -> None:
 def _write_own_files(
     engine: Any,
     target: Path,
-    position: Position,
+    step: int,
     identity: RunIdentity,
     world: World,
     adapter: dict[str, torch.Tensor],
@@ -178,7 +169,7 @@ def _write_own_files(
     torch.save(rng_state(), target / f"rng_rank{world.rank}.pt")
     if world.rank == 0:
         write_adapter(adapter, peft_config(engine), target / "adapter")
-        state = {"position": asdict(position), "identity": asdict(identity)}
+        state = {"step": step, "identity": asdict(identity)}
         (target / "state.json").write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
 
 

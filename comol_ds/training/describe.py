@@ -4,10 +4,10 @@ import json
 
 import yaml
 
-from comol_ds.training.data import prepare_data
+from comol_ds.data.prepare import prepare_data
+from comol_ds.data.tokenization import format_example
 from comol_ds.training.evaluation import Evaluation, comparison_table
 from comol_ds.training.plan import RunPlan, load_tokenizer
-from comol_ds.training.tokenization import format_example
 
 
 def describe_run(plan: RunPlan) -> str:

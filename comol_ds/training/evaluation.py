@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
+from comol_ds.data.tokenization import IGNORED
 from comol_ds.parallel.groups import sum_over_ranks
 from comol_ds.training.loss import token_losses
-from comol_ds.training.tokenization import IGNORED
 
 
 @dataclass(frozen=True)

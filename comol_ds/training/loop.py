@@ -9,13 +9,14 @@ from transformers import PreTrainedTokenizerBase
 
 from comol_ds.adapters.adapter_folder import write_adapter
 from comol_ds.config import RunConfig
+from comol_ds.data.batches import EvalBatches, TrainBatches, generation_batches
+from comol_ds.data.prepare import PreparedData, prepare_data
+from comol_ds.data.streaming import StreamingBatches
 from comol_ds.parallel import groups
 from comol_ds.parallel.assemble import Assembled, assemble, total_steps
 from comol_ds.parallel.device import device
 from comol_ds.parallel.zero_partition import gather_adapter
-from comol_ds.training.batches import EvalBatches, TrainBatches, generation_batches
-from comol_ds.training.checkpoint import Position, load_checkpoint, peft_config, save_checkpoint
-from comol_ds.training.data import PreparedData, prepare_data
+from comol_ds.training.checkpoint import load_checkpoint, peft_config, save_checkpoint
 from comol_ds.training.describe import describe_run, parameters_line, result_lines
 from comol_ds.training.evaluation import Evaluation, evaluate
 from comol_ds.training.metrics import Metrics
@@ -23,7 +24,6 @@ from comol_ds.training.plan import RunPlan, load_tokenizer, plan_run
 from comol_ds.training.router_load import RouterLoad
 from comol_ds.training.run_folder import append_json_line
 from comol_ds.training.step import train_step
-from comol_ds.training.streaming import StreamingBatches
 
 
 @dataclass
@@ -67,7 +67,7 @@ def run(config: RunConfig, world: groups.World) -> None:
     groups.initialize(world, config.run.collective_timeout_minutes)
     try:
         state = set_up(plan)
-        if config.run.eval_on_start and plan.start.step == 0:
+        if config.run.eval_on_start and plan.start_step == 0:
             evaluate_now(state, step=0)
         train(state)
         evaluate_now(state, step=state.assembled.total_steps)
@@ -91,7 +91,7 @@ def set_up(plan: RunPlan) -> Run:
     assembled = assemble(config, config.model.model_name_or_path, plan.ds_config, steps, plan.bf16)
     if plan.checkpoint is not None:
         load_checkpoint(assembled.engine, plan.checkpoint, world)
-        say(plan, f"resumed from {plan.checkpoint}: step {plan.start.step} of {steps}")
+        say(plan, f"resumed from {plan.checkpoint}: step {plan.start_step} of {steps}")
     elif config.run.resume_from_checkpoint:
         say(plan, f"no checkpoint in {plan.folder.checkpoints} yet: starting from step 0")
     groups.together("prepare the run folder", lambda: prepare_folder(plan))
@@ -101,16 +101,15 @@ def set_up(plan: RunPlan) -> Run:
 def prepare_folder(plan: RunPlan) -> None:
     """Rank 0 creates the run folder and writes the resolved configuration."""
     if plan.world.rank == 0:
-        plan.folder.prepare(plan.config, plan.ds_config, plan.start.step)
+        plan.folder.prepare(plan.config, plan.ds_config, plan.start_step)
 
 
 def train(state: Run) -> None:
     """Optimizer steps from the plan's start to the end, with logging, evaluation and checkpoints on the way."""
     plan, settings, last = state.plan, state.plan.config.run, state.assembled.total_steps
     where = device()
-    progress = tqdm(total=last, initial=plan.start.step, disable=not state.is_main, unit="step")
-    for position, micro_batches in steps_from(state.batches, plan.start, last):
-        step = position.step
+    progress = tqdm(total=last, initial=plan.start_step, disable=not state.is_main, unit="step")
+    for step, micro_batches in steps_from(state.batches, plan.start_step, last):
         result = train_step(state.engine, micro_batches, state.router_load, plan.world.size, where, step)
         state.metrics.add(result)
         progress.update()
@@ -122,22 +121,23 @@ def train(state: Run) -> None:
             evaluate_now(state, step)
         if step % settings.save_steps == 0 or step == last:
             folder, limit = plan.folder.checkpoints, settings.save_total_limit
-            save_checkpoint(state.engine, folder, position, plan.identity, plan.world, limit)
+            save_checkpoint(state.engine, folder, step, plan.identity, plan.world, limit)
     progress.close()
 
 
 def steps_from(
-    batches: TrainBatches | StreamingBatches, start: Position, last: int
-) -> Iterator[tuple[Position, list[dict[str, Any]]]]:
-    """This rank's micro-batches of the steps after ``start`` up to ``last``, and the position after each step."""
-    step, epoch, done = start.step, start.epoch, start.step_in_epoch
+    batches: TrainBatches | StreamingBatches, start: int, last: int
+) -> Iterator[tuple[int, list[dict[str, Any]]]]:
+    """This rank's micro-batches of the steps start+1 .. last, each with its number, epoch after epoch."""
+    step = start
+    epoch, done_in_epoch = batches.locate(start)
     while step < last:
-        for micro_batches in batches.epoch(epoch, done):
-            step, done = step + 1, done + 1
-            yield Position(step, epoch, done), micro_batches
+        for micro_batches in batches.epoch(epoch, done_in_epoch):
+            step += 1
+            yield step, micro_batches
             if step == last:
                 return
-        epoch, done = epoch + 1, 0
+        epoch, done_in_epoch = epoch + 1, 0
 
 
 def train_batches(plan: RunPlan, data: PreparedData, pad_token_id: int) -> TrainBatches | StreamingBatches:

@@ -3,7 +3,7 @@
 import torch
 import torch.nn.functional as F
 
-from comol_ds.training.tokenization import IGNORED
+from comol_ds.data.tokenization import IGNORED
 
 
 def count_targets(labels: torch.Tensor) -> int:

@@ -15,7 +15,7 @@ from comol_ds.parallel.assemble import attach_adapter
 from comol_ds.parallel.device import prefers_bf16, supports_bf16
 from comol_ds.parallel.groups import World
 from comol_ds.parallel.zero_partition import count_parameters
-from comol_ds.training.checkpoint import Position, RunIdentity, find_checkpoint, read_position
+from comol_ds.training.checkpoint import RunIdentity, find_checkpoint, read_step
 from comol_ds.training.run_folder import RunFolder
 
 
@@ -31,7 +31,7 @@ class RunPlan:
     folder: RunFolder
     checkpoint: Path | None
     passed_over: list[str]
-    start: Position
+    start_step: int
     trainable_parameters: int
     all_parameters: int
     identity: RunIdentity
@@ -73,9 +73,20 @@ def plan_run(config: RunConfig, world: World) -> RunPlan:
         checkpoint, passed_over = find_checkpoint(config.run.resume_from_checkpoint, folder.checkpoints)
     elif not config.run.dry_run:
         folder.check_free(config.run.overwrite_output_dir)
-    start = read_position(checkpoint, identity) if checkpoint else Position()
+    start_step = read_step(checkpoint, identity) if checkpoint else 0
     return RunPlan(
-        config, world, batches, ds_config, bf16, folder, checkpoint, passed_over, start, trainable, everything, identity
+        config,
+        world,
+        batches,
+        ds_config,
+        bf16,
+        folder,
+        checkpoint,
+        passed_over,
+        start_step,
+        trainable,
+        everything,
+        identity,
     )
 
 

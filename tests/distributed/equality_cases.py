@@ -16,16 +16,20 @@ class Case:
     accumulation: int
     optim: str
     checkpointing: str
+    family: str = "llama"
 
     @property
     def name(self) -> str:
         return "-".join(map(str, asdict(self).values()))
 
-    def run_config(self, model: str) -> RunConfig:
+    def run_config(self, models: str) -> RunConfig:
+        """Settings of this case; ``models`` holds one model folder per family."""
         # SGD without Adam's normalization shows a wrong gradient scale; clipping at 0.05 is active in every step
         learning_rate = 0.5 if self.optim == "sgd" else 5e-3
         return RunConfig(
-            model=ModelSettings(model_name_or_path=model, activation_checkpointing=self.checkpointing),
+            model=ModelSettings(
+                model_name_or_path=f"{models}/{self.family}", activation_checkpointing=self.checkpointing
+            ),
             adapter=AdapterSettings(
                 r=4, lora_alpha=8, num_experts=3, target_modules=["all-linear"], core_init="orthogonal"
             ),
@@ -53,4 +57,5 @@ CASES = [
     ),
     Case("zero3_offload", 1, "adamw_torch", "none"),
     Case("zero3_offload", 4, "sgd", "full"),
+    *(Case("zero3", 1, "adamw_torch", "full", family) for family in ("qwen3", "mistral", "gemma3")),
 ]

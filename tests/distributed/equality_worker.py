@@ -1,6 +1,6 @@
 """One rank of the equality test: trains every case in turn and saves what rank 0 sees.
 
-Usage: deepspeed equality_worker.py MODEL OUTPUT_FOLDER
+Usage: deepspeed equality_worker.py MODELS OUTPUT_FOLDER
 """
 
 import dataclasses
@@ -25,15 +25,15 @@ from comol_ds.training.step import train_step  # noqa: E402
 from tests.tiny_models import random_batch, slice_batch  # noqa: E402
 
 
-def train(case: Case, model: str, world: groups.World) -> dict:
-    config = case.run_config(model)
+def train(case: Case, models: str, world: groups.World) -> dict:
+    config = case.run_config(models)
     micro = GLOBAL_BATCH // world.size // case.accumulation
     batches = plan_batches(world.size, micro, GLOBAL_BATCH)
     config = dataclasses.replace(
         config, optimizer=dataclasses.replace(config.optimizer, per_device_train_batch_size=micro)
     )
     ds_config = resolve_ds_config(load_ds_json(str(REPOSITORY / config.run.ds_config)), config, batches, bf16=False)
-    assembled = assemble(config, model, ds_config, STEPS, bf16=False)
+    assembled = assemble(config, config.model.model_name_or_path, ds_config, STEPS, bf16=False)
     engine = assembled.engine
     engine.train()
     router_load = RouterLoad(engine.module)
@@ -41,9 +41,7 @@ def train(case: Case, model: str, world: groups.World) -> dict:
     for step in range(STEPS):
         whole = random_batch(GLOBAL_BATCH, seed=step)
         first = world.rank * micro * case.accumulation
-        mine = [
-            slice_batch(whole, slice(first + i * micro, first + (i + 1) * micro)) for i in range(case.accumulation)
-        ]
+        mine = [slice_batch(whole, slice(first + i * micro, first + (i + 1) * micro)) for i in range(case.accumulation)]
         result = train_step(engine, mine, router_load, world.size, device(), step + 1)
         losses.append(result.loss_sum / result.targets)
         norms.append(result.grad_norm)
@@ -53,11 +51,11 @@ def train(case: Case, model: str, world: groups.World) -> dict:
 
 
 def main() -> None:
-    model, output = sys.argv[-2:]
+    models, output = sys.argv[-2:]
     world = groups.read_world()
     groups.initialize(world, timeout_minutes=2)
     for case in CASES:
-        outcome = train(case, model, world)
+        outcome = train(case, models, world)
         if world.rank == 0:
             torch.save(outcome, Path(output) / f"{case.name}.pt")
     groups.shut_down()

@@ -13,16 +13,16 @@ from comol_ds.parallel.assemble import attach_adapter, build_base, build_optimiz
 from comol_ds.parallel.zero_partition import adapter_state_dict
 from tests.distributed.equality_cases import CASES, GLOBAL_BATCH, STEPS, Case
 from tests.distributed.launching import run_deepspeed
-from tests.tiny_models import random_batch, save_tiny_model
+from tests.tiny_models import FAMILIES, random_batch, save_tiny_model
 
 TOLERANCE = 1e-5  # relative, fp32
 
 
 @cache
-def one_process(case: Case, model_path: str) -> dict:
+def one_process(case: Case, models: str) -> dict:
     """The literal loop: whole batch, mean over labelled tokens, clip, step. No DeepSpeed, no accumulation."""
-    config = case.run_config(model_path)
-    base = build_base(ModelSettings(), model_path, bf16=False)
+    config = case.run_config(models)
+    base = build_base(ModelSettings(), config.model.model_name_or_path, bf16=False)
     model = attach_adapter(base, config.adapter, config.run.seed, bf16=False)
     optimizer = build_optimizer(model, config.optimizer)
     schedule = build_schedule(optimizer, config.optimizer, STEPS)
@@ -46,9 +46,10 @@ def one_process(case: Case, model_path: str) -> dict:
 def two_ranks(tmp_path_factory, extensions):
     """Every case trained once by two processes; the processes start once."""
     folder = tmp_path_factory.mktemp("equality")
-    model = save_tiny_model(folder / "model")
+    for family in FAMILIES:
+        save_tiny_model(folder / family, family)
     worker = Path(__file__).parent / "equality_worker.py"
-    run = run_deepspeed(2, worker, [str(model), str(folder)], extensions, timeout=280)
+    run = run_deepspeed(2, worker, [str(folder), str(folder)], extensions, timeout=280)
     assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-4000:]
     return folder
 
@@ -63,7 +64,7 @@ def test_equals_one_process(case, two_ranks):
     found = torch.load(two_ranks / f"{case.name}.pt")
     # accumulation, ZeRO stage and checkpointing change nothing in one process: one reference per optimizer
     plain = dataclasses.replace(case, ds_config="zero3", accumulation=1, checkpointing="none")
-    expected = one_process(plain, str(two_ranks / "model"))
+    expected = one_process(plain, str(two_ranks))
     assert found["losses"] == pytest.approx(expected["losses"], rel=TOLERANCE)
     assert found["norms"] == pytest.approx(expected["norms"], rel=TOLERANCE)
     assert found["weights"].keys() == expected["weights"].keys()

@@ -5,8 +5,8 @@ from typing import Any
 
 import torch
 
-from comol_ds.training.packing import join_records
-from comol_ds.training.tokenization import IGNORED
+from comol_ds.data.packing import join_records
+from comol_ds.data.tokenization import IGNORED
 
 
 def padded_batch(records: Sequence[dict[str, Any] | None], pad_token_id: int) -> dict[str, Any]:

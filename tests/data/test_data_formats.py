@@ -4,8 +4,8 @@ import json
 
 import pytest
 
+from comol_ds.data.formats import detect_format, to_text
 from comol_ds.errors import UserError
-from comol_ds.training.data_formats import detect_format, to_text
 
 
 @pytest.mark.parametrize(

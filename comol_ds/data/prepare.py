@@ -17,10 +17,10 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from comol_ds.config import DataSettings
+from comol_ds.data.sources import Source, find_sources
+from comol_ds.data.token_cache import token_stream, tokenized, user_errors
+from comol_ds.data.tokenization import RecordTokenizer, check_chat_template, first_line
 from comol_ds.errors import UserError
-from comol_ds.training.data_sources import Source, find_sources
-from comol_ds.training.token_cache import token_stream, tokenized, user_errors
-from comol_ds.training.tokenization import RecordTokenizer, check_chat_template, first_line
 
 STREAM_PROBE = 1000  # records of a stream that are checked before the run
 # Streams of random numbers that must not repeat each other.

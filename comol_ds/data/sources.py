@@ -15,8 +15,8 @@ import datasets
 import pyarrow
 from pyarrow import parquet
 
+from comol_ds.data.formats import detect_format, to_text
 from comol_ds.errors import UserError
-from comol_ds.training.data_formats import detect_format, to_text
 
 SUFFIXES = (".json", ".jsonl", ".parquet")
 # How file names spell the splits; a folder is read by these words.
@@ -58,7 +58,7 @@ def find_sources(entries: list[str], split: str, data_format: str, streaming: bo
     Args:
         entries: paths of .json, .jsonl or .parquet files, folders of them, or hub names ("name" or "name:config").
         split: split to read of a folder or a hub data set; files given by name are read whole.
-        data_format: "auto" or a key of `data_formats.FORMATS`.
+        data_format: "auto" or a key of `formats.FORMATS`.
         streaming: open hub data sets without downloading them.
 
     Returns:

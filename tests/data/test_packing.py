@@ -14,9 +14,9 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from comol_ds.training.collate import packed_batch, padded_batch
-from comol_ds.training.packing import join_records, pack
-from comol_ds.training.tokenization import IGNORED
+from comol_ds.data.collate import packed_batch, padded_batch
+from comol_ds.data.packing import join_records, pack
+from comol_ds.data.tokenization import IGNORED
 
 
 @pytest.mark.parametrize("seed", range(5))

@@ -5,10 +5,10 @@ from itertools import islice
 import pytest
 import torch
 
+from comol_ds.data.prepare import prepare_data
+from comol_ds.data.streaming import StreamingBatches
 from comol_ds.errors import UserError
-from comol_ds.training.data import prepare_data
-from comol_ds.training.streaming import StreamingBatches
-from tests.training.data_helpers import settings, sums, tiny_tokenizer, write_jsonl
+from tests.data.data_helpers import settings, sums, tiny_tokenizer, write_jsonl
 
 
 @pytest.fixture

@@ -4,8 +4,7 @@ import json
 
 import pytest
 
-from comol_ds.errors import UserError
-from comol_ds.training.tokenization import (
+from comol_ds.data.tokenization import (
     IGNORED,
     RecordTokenizer,
     check_chat_template,
@@ -13,7 +12,8 @@ from comol_ds.training.tokenization import (
     start_tokens,
     tokenizer_fingerprint,
 )
-from tests.training.data_helpers import tiny_tokenizer
+from comol_ds.errors import UserError
+from tests.data.data_helpers import tiny_tokenizer
 
 BOS, EOS = 1, 2
 

@@ -5,9 +5,9 @@ import json
 import datasets
 import pytest
 
+from comol_ds.data.sources import find_sources, read_texts
 from comol_ds.errors import UserError
-from comol_ds.training.data_sources import find_sources, read_texts
-from tests.training.data_helpers import real_data, sums, write_jsonl
+from tests.data.data_helpers import real_data, sums, write_jsonl
 
 
 def read(path, split="train", data_format="auto"):

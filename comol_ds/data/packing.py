@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from comol_ds.training.tokenization import IGNORED
+from comol_ds.data.tokenization import IGNORED
 
 
 def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:

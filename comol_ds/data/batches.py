@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 from datasets import Dataset
 
+from comol_ds.data.collate import packed_batch, padded_batch, prompt_batch
+from comol_ds.data.packing import pack
 from comol_ds.errors import UserError
-from comol_ds.training.collate import packed_batch, padded_batch, prompt_batch
-from comol_ds.training.packing import pack
 
 # Records of one pool that is sorted by length, in global batches. Wider pools pad less and shuffle less.
 GROUPING_POOL = 50

@@ -41,7 +41,7 @@ class Segment:
 
 
 class RecordTokenizer:
-    """Turns batches of text records (`data_sources.TEXT_FEATURES`) into `TOKEN_FEATURES`; can be sent to processes.
+    """Turns batches of text records (`sources.TEXT_FEATURES`) into `TOKEN_FEATURES`; can be sent to processes.
 
     Per record: `input_ids` and `labels` of at most max_length tokens; `labels` is IGNORED where there is no loss and
     on the first token, which nothing predicts, so `trained_tokens` counts the positions that enter the loss;

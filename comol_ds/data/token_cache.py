@@ -19,10 +19,11 @@ from pathlib import Path
 
 import datasets
 
+from comol_ds.data import formats, tokenization
+from comol_ds.data import sources as source_files
+from comol_ds.data.sources import TEXT_FEATURES, Source, read_texts
+from comol_ds.data.tokenization import TOKEN_FEATURES, RecordTokenizer, tokenizer_fingerprint
 from comol_ds.errors import UserError
-from comol_ds.training import data_formats, data_sources, tokenization
-from comol_ds.training.data_sources import TEXT_FEATURES, Source, read_texts
-from comol_ds.training.tokenization import TOKEN_FEATURES, RecordTokenizer, tokenizer_fingerprint
 
 # What was cached since is the work of this run, maybe of another rank: overwrite_cache concerns older results.
 _RUN_STARTED = time.time()
@@ -90,7 +91,7 @@ def _key(sources: tuple[Source, ...], encode: RecordTokenizer) -> str:
         tokenizer_fingerprint(encode.tokenizer),
         encode.max_length,
         encode.train_on_prompt,
-        [inspect.getsource(module) for module in (data_formats, data_sources, tokenization)],
+        [inspect.getsource(module) for module in (formats, source_files, tokenization)],
     ]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
 

@@ -4,11 +4,11 @@ import pytest
 import torch
 from datasets import Dataset
 
+from comol_ds.data.batches import EvalBatches, TrainBatches, generation_batches
+from comol_ds.data.prepare import prepare_data
+from comol_ds.data.tokenization import IGNORED
 from comol_ds.errors import UserError
-from comol_ds.training.batches import EvalBatches, TrainBatches, generation_batches
-from comol_ds.training.data import prepare_data
-from comol_ds.training.tokenization import IGNORED
-from tests.training.data_helpers import real_data, settings, tiny_tokenizer
+from tests.data.data_helpers import real_data, settings, tiny_tokenizer
 
 PAD = 0
 

@@ -8,10 +8,10 @@ from pathlib import Path
 import datasets
 import pytest
 
+from comol_ds.data import token_cache
+from comol_ds.data.prepare import prepare_data
 from comol_ds.errors import UserError
-from comol_ds.training import token_cache
-from comol_ds.training.data import prepare_data
-from tests.training.data_helpers import real_data, settings, sums, tiny_tokenizer, write_jsonl
+from tests.data.data_helpers import real_data, settings, sums, tiny_tokenizer, write_jsonl
 
 
 def prepare(*data_sets, tokenizer=None, seed=1, **changes):

@@ -11,9 +11,9 @@ from typing import Any
 
 from datasets import IterableDataset
 
+from comol_ds.data.collate import packed_batch, padded_batch
+from comol_ds.data.packing import pack
 from comol_ds.errors import UserError
-from comol_ds.training.collate import packed_batch, padded_batch
-from comol_ds.training.packing import pack
 
 SHUFFLE_BUFFER = 5000  # records shuffled among each other
 PACKING_WINDOW = 2000  # records packed at a time
