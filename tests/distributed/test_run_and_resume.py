@@ -1,0 +1,174 @@
+"""The launcher on two ranks with real GSM8K records: every file of the run folder, reload, bit-equal resume."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from comol_ds.adapters.adapter_folder import read_adapter
+from comol_ds.config_parser import parse_run_config
+from comol_ds.data.batches import EvalBatches
+from comol_ds.data.prepare import prepare_data
+from comol_ds.training.loss import count_targets, token_losses
+from tests.data.data_helpers import real_data
+from tests.distributed.launching import REPOSITORY, clean_environment, free_port, run_deepspeed, run_limited
+from tests.tiny_models import save_tiny_model
+
+pytestmark = pytest.mark.distributed
+STEPS, SAVE_STEPS = 8, 4
+# 40 records in global batches of 8: step 6 starts the second epoch, so the resumed run crosses an epoch's end
+SETTINGS = {
+    "max_steps": STEPS,
+    "save_steps": SAVE_STEPS,
+    "max_train_records": 40,
+    "per_device_train_batch_size": 2,
+    "global_batch_size": 8,
+    "max_length": 512,
+    "max_eval_records": 10,
+    "max_generate_records": 4,
+    "max_new_tokens": 4,
+    "lora_dropout": 0.1,
+    "learning_rate": 5e-3,
+    "lr_scheduler_type": "cosine",
+    "logging_steps": 1,
+}
+
+
+def arguments(model: Path, output: Path, *extra: str, **changes) -> list[str]:
+    settings = SETTINGS | {
+        "ds_config": REPOSITORY / "ds_configs" / "zero3.json",
+        "model_name_or_path": model,
+        "dataset": real_data("gsm8k/train.jsonl"),
+        "output_dir": output,
+    }
+    return [*(word for name, value in (settings | changes).items() for word in (f"--{name}", str(value))), *extra]
+
+
+def run_torchrun(words: list[str], extensions: Path) -> subprocess.CompletedProcess:
+    port = free_port()
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(port)]
+    command = [*launcher, str(REPOSITORY / "launch" / "train.py"), *words]
+    return run_limited(command, clean_environment(extensions), 240, REPOSITORY, port)
+
+
+@pytest.fixture(scope="module")
+def first_run(tmp_path_factory, extensions):
+    """An uninterrupted run under the deepspeed launcher: (model folder, run folder, its output)."""
+    folder = tmp_path_factory.mktemp("run")
+    os.environ["HF_DATASETS_CACHE"] = str(folder / "cache")
+    model = save_tiny_model(folder / "model")
+    run = run_deepspeed(2, REPOSITORY / "launch" / "train.py", arguments(model, folder / "out"), extensions)
+    assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-4000:]
+    yield model, folder / "out", run.stdout
+    del os.environ["HF_DATASETS_CACHE"]
+
+
+def json_lines(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_run_folder_holds_everything(first_run):
+    _, out, printed = first_run
+    assert {path.name for path in out.iterdir()} >= {
+        "config.yaml", "ds_config.json", "metrics.jsonl", "router_load.jsonl", "evaluations.jsonl",
+        "tensorboard", "checkpoints", "adapter",
+    }  # fmt: skip
+    config = yaml.safe_load((out / "config.yaml").read_text())
+    assert (config["global_batch_size"], config["bf16"], config["lora_dropout"]) == (8, False, 0.1)
+    assert json.loads((out / "ds_config.json").read_text())["gradient_accumulation_steps"] == 2
+    metrics = json_lines(out / "metrics.jsonl")
+    assert [line["step"] for line in metrics] == list(range(1, STEPS + 1))
+    assert set(metrics[0]) == {
+        "step", "loss", "grad_norm", "lr", "tokens", "tokens_per_second", "memory", "seconds"
+    }  # fmt: skip
+    load = json_lines(out / "router_load.jsonl")
+    assert len(load) == STEPS and len(load[0]["layers"]) == 2 * 5
+    assert list((out / "tensorboard").iterdir())
+    assert sorted(path.name for path in (out / "checkpoints").iterdir()) == ["step_4", "step_8"]
+    assert all((path / "COMMITTED").exists() for path in (out / "checkpoints").iterdir())
+    assert "exact match" in printed and str(out / "adapter") in printed
+    assert printed.count("held-out records") == 1, "only rank 0 prints"
+
+
+def test_checkpoints_hold_no_frozen_weight(first_run):
+    model, out, _ = first_run
+    frozen = {tuple(tensor.shape) for tensor in AutoModelForCausalLM.from_pretrained(model).state_dict().values()}
+    files = sorted((out / "checkpoints" / "step_4" / "deepspeed").glob("*model_states.pt"))
+    names = {name for file in files for name in torch.load(file, weights_only=False)["module"]}
+    assert files and frozen
+    assert names and all("comol_" in name for name in names)
+
+
+def test_one_process_reproduces_the_evaluation(first_run):
+    model_path, out, _ = first_run
+    tokenizer = AutoTokenizer.from_pretrained(model_path)
+    config = parse_run_config(["--config", str(out / "config.yaml")])
+    data = prepare_data(config.data, tokenizer, config.run.seed)
+    base = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32)
+    model = PeftModel.from_pretrained(base, str(out / "adapter")).eval()
+    loss, count = 0.0, 0
+    with torch.no_grad():
+        for batch in EvalBatches(data.validation, 4, 0, 1, tokenizer.pad_token_id):
+            logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+            loss += token_losses(logits, batch["labels"]).sum().item()
+            count += count_targets(batch["labels"])
+    last = json_lines(out / "evaluations.jsonl")[-1]["tasks"]["all"]
+    assert (last["tokens"], last["generated"]) == (count, 4)
+    assert last["loss"] == pytest.approx(loss / count, rel=1e-5)
+
+
+def test_resume_falls_back_to_the_committed_one_and_is_bit_equal(first_run, tmp_path, extensions):
+    """The newest checkpoint is damaged: a run started by torchrun goes on from the one before and ends the same."""
+    model, out, _ = first_run
+    copy = tmp_path / "out"
+    shutil.copytree(out, copy)
+    shutil.rmtree(copy / "adapter")
+    damaged = next((copy / "checkpoints" / "step_8" / "deepspeed").glob("*optim_states.pt"))
+    damaged.write_bytes(damaged.read_bytes()[:1000])
+    run = run_torchrun(arguments(model, copy, "--resume_from_checkpoint"), extensions)
+    assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-4000:]
+    assert f"{damaged.name} has 1000 of" in run.stdout
+    assert f"resumed from {copy / 'checkpoints' / 'step_4'}: step 4 of 8" in run.stdout
+    before, after = json_lines(out / "metrics.jsonl"), json_lines(copy / "metrics.jsonl")
+    bits = [(line["step"], line["loss"], line["grad_norm"], line["lr"]) for line in before]
+    assert [(line["step"], line["loss"], line["grad_norm"], line["lr"]) for line in after] == bits
+    assert json_lines(copy / "router_load.jsonl") == json_lines(out / "router_load.jsonl")
+    assert json_lines(copy / "evaluations.jsonl") == json_lines(out / "evaluations.jsonl")
+    expected, found = read_adapter(out / "adapter")[1], read_adapter(copy / "adapter")[1]
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+    assert found.keys() == expected.keys()
+
+
+def test_starts_from_slurm_variables(first_run, tmp_path, extensions):
+    """srun sets no RANK: two plain python processes with SLURM's variables form one world of two."""
+    model, _, _ = first_run
+    port = free_port()
+    words = [str(REPOSITORY / "launch" / "train.py"), *arguments(model, tmp_path / "out", max_steps=1)]
+    environment = clean_environment(extensions) | {
+        "SLURM_NTASKS": "2", "SLURM_JOB_ID": "17", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+    }  # fmt: skip
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, *words], env=environment | {"SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank)},
+            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        )
+        for rank in range(2)
+    ]  # fmt: skip
+    try:
+        printed = [rank.communicate(timeout=200)[0] for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
+        for leftover in Path("/dev/shm").glob(f"deepspeed_*_{port}_*"):
+            leftover.unlink(missing_ok=True)
+    assert [rank.returncode for rank in ranks] == [0, 0], printed[0][-3000:]
+    assert "2 micro x 2 accumulation x 2 data-parallel = 8 global" in printed[0]
+    assert "data-parallel" not in printed[1]
