@@ -175,7 +175,6 @@ _RANGES = [
             "r",
             "num_experts",
             "lora_alpha",
-            "max_length",
             "per_device_train_batch_size",
             "per_device_eval_batch_size",
             "global_batch_size",
@@ -211,6 +210,7 @@ _RANGES = [
         )
     ),
     ("validation_split_percentage", lambda v: 0 < v < 100, "must lie between 0 and 100; give --eval_dataset otherwise"),
+    ("max_length", lambda v: v > 1, "must be at least 2: the first token of a record has no loss"),
     ("num_train_epochs", lambda v: v > 0, "must be positive"),
     ("collective_timeout_minutes", lambda v: v > 0, "must be positive"),
     ("report_to", lambda v: not set(v) - {"tensorboard", "wandb", "none"}, "choose from tensorboard, wandb, none"),

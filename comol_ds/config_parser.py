@@ -1,8 +1,10 @@
 """Command line and YAML -> `RunConfig`. Defaults < YAML < flags; an unknown name is refused with the nearest one."""
 
 import difflib
+from dataclasses import fields
 from pathlib import Path
-from typing import Any, NoReturn
+from types import NoneType, UnionType
+from typing import Any, NoReturn, get_args, get_origin
 
 import yaml
 from transformers import HfArgumentParser
@@ -29,13 +31,17 @@ def parse_run_config(argv: list[str], defaults: dict[str, Any] | None = None) ->
         UserError: unknown flag or YAML key (names the nearest), a value of the wrong type or out of range.
     """
     parser = _Parser(GROUPS, prog="train.py", allow_abbrev=False, description=_DESCRIPTION)
-    known = {action.dest for action in parser._actions}
+    known = {action.dest for action in parser._actions} - {"help", "local_rank"}  # what a user may set
     command_line, unknown = parser.parse_known_args(argv)
     for word in unknown:
         _refuse_unknown(word, known, "flag")
-    from_yaml = _read_yaml(command_line.config, known) if command_line.config else {}
+    weaker = dict(defaults or {})
+    if command_line.config:
+        weaker |= _read_yaml(command_line.config, known - {"config"})
     # One path for every source: YAML and defaults become flags in front of the real ones, and the last one wins.
-    everything = [*_as_flags(defaults or {}), *_as_flags(from_yaml), *argv]
+    # Only null has no spelling on the command line.
+    parser.set_defaults(**{name: None for name, value in weaker.items() if value is None})
+    everything = [*_as_flags(weaker), *argv]
     config = RunConfig(*parser.parse_args_into_dataclasses(everything, look_for_args_file=False))
     config.check()
     return config
@@ -60,17 +66,38 @@ def _read_yaml(path: str, known: set[str]) -> dict[str, Any]:
     try:
         text = Path(path).read_text(encoding="utf-8")
     except OSError as error:
-        raise UserError(f"--config {path}: {error.strerror}") from error
+        raise UserError(f"--config {path}: {error.strerror}; check the path") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"--config {path} is not UTF-8 text (byte {error.start}); convert the file") from error
     try:
         values = yaml.safe_load(text) or {}
     except yaml.YAMLError as error:
-        raise UserError(f"--config {path} is not valid YAML: {' '.join(str(error).split())}") from error
+        raise UserError(f"--config {path} is not valid YAML, repair it: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):
         raise UserError(f"--config {path} must hold 'flag: value' lines, found a {type(values).__name__}")
-    for name in values:
-        if str(name) not in known - {"help", "config", "local_rank"}:
+    for name, value in values.items():
+        if name not in known:
             _refuse_unknown(str(name), known, "YAML key")
+        _check_yaml_value(path, name, value)
     return values
+
+
+def _check_yaml_value(path: str, name: str, value: Any) -> None:
+    """Refuse what cannot be written as a flag; argparse checks the rest."""
+    kinds = _FIELD_KINDS[name]
+    if value is None and NoneType not in kinds:
+        raise UserError(f"--config {path}: {name} is null; give it a value or remove the line")
+    if isinstance(value, dict) or (isinstance(value, list) and list not in kinds):
+        raise UserError(f"--config {path}: {name} is a {type(value).__name__}; give one value")
+
+
+def _kinds(annotation: Any) -> set[Any]:
+    """int -> {int}; list[str] | None -> {list, NoneType}."""
+    options = get_args(annotation) if get_origin(annotation) is UnionType else [annotation]
+    return {get_origin(option) or option for option in options}
+
+
+_FIELD_KINDS = {field.name: _kinds(field.type) for group in GROUPS for field in fields(group)}
 
 
 def _as_flags(values: dict[str, Any]) -> list[str]:

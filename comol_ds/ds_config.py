@@ -1,6 +1,7 @@
 """Run settings + DeepSpeed JSON -> the resolved dictionary given to the engine. Contradictions are refused."""
 
 import copy
+import difflib
 import json
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,17 @@ _REFUSED_BLOCKS = {
     "amp": "apex mixed precision is not supported; use --bf16 true and remove the block",
     "scheduler": "the schedule belongs to the run; remove the block and set --lr_scheduler_type",
     "optimizer": "the optimizer belongs to the run; remove the block and set --optim, --learning_rate",
+    "activation_checkpointing": "it belongs to the run; remove the block and set --activation_checkpointing",
     "tensor_parallel": "tensor parallelism is not supported yet; remove the block",
 }
+
+# Top-level keys of DeepSpeed's JSON that a run honours. DeepSpeed itself ignores a misspelled one without a word.
+_KNOWN_KEYS = frozenset(
+    """train_batch_size train_micro_batch_size_per_gpu gradient_accumulation_steps gradient_clipping bf16
+    zero_optimization zero_allow_untested_optimizer zero_force_ds_cpu_optimizer data_types communication_data_type
+    prescale_gradients gradient_predivide_factor steps_per_print wall_clock_breakdown memory_breakdown dump_state
+    flops_profiler comms_logger tensorboard wandb csv_monitor comet aio checkpoint""".split()
+)
 
 
 def load_ds_json(path: str) -> dict[str, Any]:
@@ -30,10 +40,14 @@ def load_ds_json(path: str) -> dict[str, Any]:
         text = Path(path).read_text(encoding="utf-8")
     except OSError as error:
         raise UserError(f"--ds_config {path}: {error.strerror}; ds_configs/ has working examples") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"--ds_config {path} is not UTF-8 text (byte {error.start}); convert the file") from error
     try:
         config = json.loads(text)
     except json.JSONDecodeError as error:
-        raise UserError(f"--ds_config {path} is not valid JSON: line {error.lineno}: {error.msg}") from error
+        raise UserError(
+            f"--ds_config {path} is not valid JSON: line {error.lineno}: {error.msg}; repair the file"
+        ) from error
     if not isinstance(config, dict):
         raise UserError(f"--ds_config {path} must hold a JSON object, found a {type(config).__name__}")
     return config
@@ -49,9 +63,12 @@ def resolve_ds_config(template: dict[str, Any], config: RunConfig, batches: Batc
         bf16: the precision decided for this device.
 
     Raises:
-        UserError: a refused block, a contradiction (both values named), an "auto" nobody can fill.
+        UserError: an unknown key (the nearest is named), a refused block or ZeRO stage, a contradiction (both values named), an "auto"
+            nobody can fill.
     """
     resolved = copy.deepcopy(template)
+    _refuse_unknown_keys(resolved)
+    zero_stage(resolved)
     for block, reason in _REFUSED_BLOCKS.items():
         if block in resolved and not _is_disabled(resolved[block]):
             raise UserError(f"DeepSpeed JSON: {block!r} is refused: {reason}")
@@ -75,15 +92,26 @@ def resolve_ds_config(template: dict[str, Any], config: RunConfig, batches: Batc
 
 
 def zero_stage(ds_config: dict[str, Any]) -> int:
-    """ZeRO stage 0 to 3 of a DeepSpeed JSON.
+    """ZeRO stage of a DeepSpeed JSON: 1, 2 or 3. Stage 0 is plain data parallelism, which stage 1 contains.
 
     Raises:
         UserError: any other value.
     """
-    stage = ds_config.get("zero_optimization", {}).get("stage", 0)
-    if stage not in (0, 1, 2, 3):
-        raise UserError(f"DeepSpeed JSON: zero_optimization.stage is {stage!r}; use 0, 1, 2 or 3")
+    block = ds_config.get("zero_optimization", {})
+    if not isinstance(block, dict):
+        raise UserError(f"DeepSpeed JSON: 'zero_optimization' must be an object, found {block!r}")
+    stage = block.get("stage", 0)
+    if isinstance(stage, bool) or stage not in (1, 2, 3):
+        raise UserError(f"DeepSpeed JSON: zero_optimization.stage is {stage!r}; use 1, 2 or 3")
     return stage
+
+
+def _refuse_unknown_keys(config: dict[str, Any]) -> None:
+    known = [*_KNOWN_KEYS, *_REFUSED_BLOCKS]
+    for key in config:
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1, cutoff=0.0)[0]
+            raise UserError(f"DeepSpeed JSON: unknown key {key!r}; the nearest known key is {near!r}")
 
 
 def _is_disabled(block: Any) -> bool:

@@ -7,33 +7,40 @@ input, anything else a crash.
 import sys
 import time
 
+from comol_ds import demo
+from comol_ds.config_parser import parse_run_config
 from comol_ds.errors import UserError
+from comol_ds.parallel.groups import World, read_world
 
 EXIT_BAD_INPUT = 2
 
 
 def main(argv: list[str]) -> int:
-    from comol_ds import demo
-    from comol_ds.config_parser import parse_run_config
-    from comol_ds.parallel.groups import read_world
-
-    rank = 0
+    world = None
     try:
         world = read_world()
-        rank = world.rank
         config = parse_run_config(argv)
         config = parse_run_config(argv, demo.defaults_for(config))
-        from comol_ds.training.loop import run
+        from comol_ds.training.loop import run  # seconds, which a wrong flag and --help need not wait for
 
         run(config, world)
     except UserError as error:
-        if rank != 0:
-            # rank 0 tells the user; a launcher that sees us exit first would kill it before it has
-            time.sleep(10)
-        else:
-            print(f"train.py: error: {error}", file=sys.stderr, flush=True)
+        tell(error, world)
         return EXIT_BAD_INPUT
     return 0
+
+
+def tell(error: UserError, world: World | None) -> None:
+    """One line on stderr, from rank 0."""
+    where = ""
+    if world is not None and world.rank != 0:
+        # A launcher that sees this rank exit ends rank 0, maybe before it has spoken. If the job still runs afterwards,
+        # rank 0 had nothing to say: the trouble is this node's own, such as a file that only the other nodes have.
+        time.sleep(10)
+        if world.local_rank != 0:
+            return
+        where = f"rank {world.rank}: "
+    print(f"train.py: error: {where}{error}", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

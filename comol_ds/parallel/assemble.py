@@ -6,7 +6,9 @@ from typing import Any
 
 import deepspeed
 import torch
+import torch.distributed as dist
 from peft import PeftModel, get_peft_model
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, PreTrainedModel, get_scheduler
 from transformers.integrations import HfDeepSpeedConfig
 
@@ -56,6 +58,8 @@ def assemble(config: RunConfig, model_path: str, ds_config: dict[str, Any], tota
         lr_scheduler=schedule,
         config=ds_config,
     )
+    # from here on every rank draws its own dropout masks
+    torch.manual_seed(config.run.seed + dist.get_rank())
     return Assembled(engine, hf_ds_config, total_steps)
 
 
@@ -70,7 +74,7 @@ def build_base(settings: ModelSettings, model_path: str, bf16: bool) -> PreTrain
         return AutoModelForCausalLM.from_pretrained(
             model_path, dtype=dtype, attn_implementation=settings.attn_implementation
         )
-    except (OSError, ValueError, ImportError) as error:
+    except (OSError, ValueError, ImportError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:300]
         raise UserError(f"--model_name_or_path {model_path} cannot be loaded: {reason}") from error
 
@@ -85,10 +89,7 @@ def attach_adapter(model: PreTrainedModel, settings: AdapterSettings, seed: int,
         UserError: the target modules match nothing in the model.
     """
     torch.manual_seed(seed)
-    try:
-        model = get_peft_model(model, comol_config(settings))
-    except ValueError as error:
-        raise UserError(f"--target_modules: {' '.join(str(error).split())}") from error
+    model = get_peft_model(model, comol_config(settings))
     if bf16:
         for parameter in model.parameters():
             if parameter.requires_grad:

@@ -39,18 +39,21 @@ def read_world(environ: dict[str, str] | None = None) -> World:
     Plain ``python`` is a world of one. Nothing is initialized.
 
     Raises:
-        UserError: only a part of a launcher's variables is set.
+        UserError: only a part of a launcher's variables is set, or one is no number.
     """
     env = os.environ if environ is None else environ
     if "RANK" in env:
         names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
-    elif "SLURM_PROCID" in env and int(env.get("SLURM_NTASKS", "1")) > 1:
+    elif "SLURM_PROCID" in env and env.get("SLURM_NTASKS", "1") != "1":
         names = ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID")
     else:
         return World(0, 1, 0)
     missing = [name for name in names if name not in env]
     if missing:
         raise UserError(f"{names[0]} is set but {', '.join(missing)} is not; start with deepspeed, torchrun or srun")
+    for name in names:
+        if not env[name].isdigit():
+            raise UserError(f"{name} is {env[name]!r}, not a number; start with deepspeed, torchrun or srun")
     return World(*(int(env[name]) for name in names))
 
 

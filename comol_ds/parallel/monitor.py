@@ -4,8 +4,6 @@ already divided by the global token count, which nobody wants to read."""
 from deepspeed.monitor.config import get_monitor_config
 from deepspeed.monitor.monitor import MonitorMaster
 
-from comol_ds.errors import UserError
-
 
 def open_monitor(report_to: list[str], output_dir: str) -> MonitorMaster:
     """A monitor whose write_events([(name, value, step), ...]) writes on rank 0.
@@ -13,16 +11,10 @@ def open_monitor(report_to: list[str], output_dir: str) -> MonitorMaster:
     Args:
         report_to: any of tensorboard, wandb, none.
         output_dir: TensorBoard's files go to the folder ``tensorboard`` in it.
-
-    Raises:
-        UserError: wandb was asked for and is not installed.
     """
     blocks = {}
     if "tensorboard" in report_to:
         blocks["tensorboard"] = {"enabled": True, "output_path": output_dir, "job_name": "tensorboard"}
     if "wandb" in report_to:
         blocks["wandb"] = {"enabled": True, "project": "comol_ds"}
-    try:
-        return MonitorMaster(get_monitor_config(blocks))
-    except ImportError as error:
-        raise UserError(f"--report_to {' '.join(report_to)}: {error}; pip install 'comol_ds[wandb]'") from error
+    return MonitorMaster(get_monitor_config(blocks))

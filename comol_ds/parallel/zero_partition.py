@@ -37,9 +37,5 @@ def adapter_state_dict(model: PeftModel, parameters: dict[str, torch.Tensor]) ->
 
 
 def _full_fp32(parameter: torch.nn.Parameter) -> torch.Tensor:
-    """The whole fp32 value of one trainable parameter at any ZeRO stage."""
-    shape = getattr(parameter, "ds_shape", parameter.shape)
-    value = safe_get_full_fp32_param(parameter)
-    if value is None:  # stage 0: the parameter itself is whole
-        value = parameter.detach().float()
-    return value.reshape(shape)
+    """The whole fp32 value of one trainable parameter at ZeRO stage 1, 2 or 3."""
+    return safe_get_full_fp32_param(parameter).reshape(getattr(parameter, "ds_shape", parameter.shape))

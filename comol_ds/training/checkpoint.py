@@ -41,8 +41,8 @@ class RunIdentity:
     seed: int
     optim: str
     model: str
-    data: str
     adapter: dict[str, Any]
+    data: dict[str, Any]
 
     def check_same(self, found: dict[str, Any], where: Path) -> None:
         """Compare with the identity stored in a checkpoint.
@@ -100,7 +100,7 @@ def find_checkpoint(resume_from: str, folder: Path) -> tuple[Path | None, list[s
             raise UserError(f"--resume_from_checkpoint {resume_from}: no such folder; give a step_<n> folder or latest")
         step = _step_of(start)
         if step is None:
-            raise UserError(f"--resume_from_checkpoint {resume_from}: not a step_<n> folder")
+            raise UserError(f"--resume_from_checkpoint {resume_from}: not a step_<n> folder; give one or latest")
         candidates = [start, *(path for path in _by_step(start.parent) if _step_of(path) < step)]
     passed_over = []
     for path in candidates:
@@ -130,10 +130,10 @@ def fault_of(checkpoint: Path) -> str | None:
     if not marker.exists():
         return f"it has no {MARKER} marker, the save did not finish"
     try:
-        sizes = json.loads(marker.read_text(encoding="utf-8"))["sizes"]
-    except (json.JSONDecodeError, KeyError):
+        sizes = json.loads(marker.read_text(encoding="utf-8"))["sizes"].items()
+    except (ValueError, KeyError, TypeError, AttributeError):
         return f"its {MARKER} marker is damaged"
-    for name, size in sizes.items():
+    for name, size in sizes:
         file = checkpoint / name
         found = file.stat().st_size if file.exists() else None
         if found != size:

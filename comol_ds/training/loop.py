@@ -91,7 +91,8 @@ def set_up(plan: RunPlan) -> Run:
     assembled = assemble(config, config.model.model_name_or_path, plan.ds_config, steps, plan.bf16)
     if plan.checkpoint is not None:
         load_checkpoint(assembled.engine, plan.checkpoint, world)
-        say(plan, f"resumed from {plan.checkpoint}: step {plan.start_step} of {steps}")
+        nothing_left = ", no step left to train" if plan.start_step >= steps else ""
+        say(plan, f"resumed from {plan.checkpoint}: step {plan.start_step} of {steps}{nothing_left}")
     elif config.run.resume_from_checkpoint:
         say(plan, f"no checkpoint in {plan.folder.checkpoints} yet: starting from step 0")
     groups.together("prepare the run folder", lambda: prepare_folder(plan))

@@ -1,19 +1,21 @@
 """Everything about a run that can be decided, and refused, before a rank waits for another or weights are read."""
 
 from dataclasses import asdict, dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
-from comol_ds.config import RunConfig
+from comol_ds.config import OptimizerSettings, RunConfig
 from comol_ds.ds_config import load_ds_json, resolve_ds_config, zero_stage
 from comol_ds.errors import UserError
 from comol_ds.layout import BatchLayout, plan_batches
-from comol_ds.parallel.assemble import attach_adapter
+from comol_ds.parallel.assemble import attach_adapter, build_schedule
 from comol_ds.parallel.device import prefers_bf16, supports_bf16
 from comol_ds.parallel.groups import World
+from comol_ds.parallel.zero_config import check_zero_block
 from comol_ds.parallel.zero_partition import count_parameters
 from comol_ds.training.checkpoint import RunIdentity, find_checkpoint, read_step
 from comol_ds.training.run_folder import RunFolder
@@ -54,23 +56,15 @@ def plan_run(config: RunConfig, world: World) -> RunPlan:
         optimizer=replace(config.optimizer, global_batch_size=batches.global_batch),
     )
     ds_config = resolve_ds_config(load_ds_json(config.run.ds_config), config, batches, bf16)
+    check_zero_block(ds_config)
+    check_schedule(config.optimizer)
+    check_report_to(config.run.report_to)
     trainable, everything = preview_parameters(config)
-    identity = RunIdentity(
-        world_size=world.size,
-        zero_stage=zero_stage(ds_config),
-        bf16=bf16,
-        global_batch=batches.global_batch,
-        micro_batch=batches.micro_batch,
-        seed=config.run.seed,
-        optim=config.optimizer.optim,
-        model=config.model.model_name_or_path,
-        data=" ".join(config.data.dataset),
-        adapter=asdict(config.adapter),
-    )
+    identity = identify(config, world, ds_config)
     folder = RunFolder(config.run.output_dir)
     checkpoint, passed_over = None, []
     if config.run.resume_from_checkpoint:
-        checkpoint, passed_over = find_checkpoint(config.run.resume_from_checkpoint, folder.checkpoints)
+        checkpoint, passed_over = plan_resume(config.run.resume_from_checkpoint, folder)
     elif not config.run.dry_run:
         folder.check_free(config.run.overwrite_output_dir)
     start_step = read_step(checkpoint, identity) if checkpoint else 0
@@ -90,6 +84,60 @@ def plan_run(config: RunConfig, world: World) -> RunPlan:
     )
 
 
+def identify(config: RunConfig, world: World, ds_config: dict[str, Any]) -> RunIdentity:
+    """What a checkpoint of this run must share with a run that continues it; bf16 and batch sizes are resolved."""
+    data = asdict(config.data)
+    return RunIdentity(
+        world_size=world.size,
+        zero_stage=zero_stage(ds_config),
+        bf16=config.model.bf16,
+        global_batch=config.optimizer.global_batch_size,
+        micro_batch=config.optimizer.per_device_train_batch_size,
+        seed=config.run.seed,
+        optim=config.optimizer.optim,
+        model=config.model.model_name_or_path,
+        adapter=asdict(config.adapter),
+        data={name: data[name] for name in _DECIDE_DATA_ORDER},
+    )
+
+
+_DECIDE_DATA_ORDER = (
+    "dataset",
+    "dataset_weights",
+    "dataset_format",
+    "dataset_split",
+    "eval_dataset",
+    "validation_split_percentage",
+    "max_train_records",
+    "max_length",
+    "packing",
+    "group_by_length",
+    "train_on_prompt",
+    "streaming",
+)
+
+
+def plan_resume(resume_from: str, folder: RunFolder) -> tuple[Path | None, list[str]]:
+    """The checkpoint to continue, and a line for each unusable one passed over, such that two runs do not mix.
+
+    Raises:
+        UserError: no usable checkpoint; the run folder belongs to another run, or to this one's future.
+    """
+    checkpoint, passed_over = find_checkpoint(resume_from, folder.checkpoints)
+    if checkpoint is None:
+        return None, passed_over
+    if checkpoint.parent.resolve() != folder.checkpoints.resolve():
+        folder.check_free(overwrite=False)
+        return checkpoint, passed_over
+    newest, _ = find_checkpoint("latest", folder.checkpoints)
+    if newest.resolve() != checkpoint.resolve():
+        raise UserError(
+            f"--resume_from_checkpoint {checkpoint}: {newest} is newer and would be mixed with what follows; delete it,"
+            " resume from it, or choose another --output_dir"
+        )
+    return checkpoint, passed_over
+
+
 def decide_bf16(asked: bool | None) -> bool:
     """The compute precision: what was asked for, else bfloat16 on accelerators that have it.
 
@@ -101,6 +149,33 @@ def decide_bf16(asked: bool | None) -> bool:
     return prefers_bf16() if asked is None else asked
 
 
+def check_schedule(settings: OptimizerSettings) -> None:
+    """Refuse a learning-rate schedule that cannot run, before the model is loaded.
+
+    Raises:
+        UserError: unknown name, one that needs further arguments, or one that follows a metric instead of the step.
+    """
+    if settings.lr_scheduler_type in _METRIC_SCHEDULES:
+        raise UserError(
+            f"--lr_scheduler_type {settings.lr_scheduler_type} follows a metric, not the step; try linear or cosine"
+        )
+    build_schedule(torch.optim.SGD([torch.zeros(1)]), settings, total_steps=max(1, settings.max_steps))
+
+
+# DeepSpeed's engine would step them with the batch size as their metric.
+_METRIC_SCHEDULES = ("reduce_lr_on_plateau", "greedy")
+
+
+def check_report_to(report_to: list[str]) -> None:
+    """Refuse a plotting service whose package is missing; rank 0 alone would find out, late.
+
+    Raises:
+        UserError: wandb was asked for and is not installed.
+    """
+    if "wandb" in report_to and find_spec("wandb") is None:
+        raise UserError(f"--report_to {' '.join(report_to)}: wandb is not installed; pip install 'comol_ds[wandb]'")
+
+
 def preview_parameters(config: RunConfig) -> tuple[int, int]:
     """(trainable, all) parameters of the adapted model, from its configuration alone, on the meta device.
 
@@ -109,7 +184,7 @@ def preview_parameters(config: RunConfig) -> tuple[int, int]:
     """
     path = config.model.model_name_or_path
     if (path.startswith((".", "/", "~")) or path.count("/") > 1) and not Path(path).is_dir():
-        raise UserError(f"--model_name_or_path {path}: no such folder")
+        raise UserError(f"--model_name_or_path {path}: no such folder; check the path")
     try:
         model_config = AutoConfig.from_pretrained(path)
         with torch.device("meta"):
@@ -117,9 +192,20 @@ def preview_parameters(config: RunConfig) -> tuple[int, int]:
     except (OSError, ValueError, ImportError) as error:
         reason = " ".join(str(error).split())[:300]
         raise UserError(f"--model_name_or_path {path} cannot be read: {reason}") from error
+    _check_modules_to_save(model, config.adapter.modules_to_save)
     with torch.device("meta"):
         adapted = attach_adapter(model, config.adapter, config.run.seed, bf16=False)
     return count_parameters(adapted)
+
+
+def _check_modules_to_save(model: torch.nn.Module, names: list[str] | None) -> None:
+    """PEFT saves nothing, and says nothing, for a name that no module has."""
+    modules = [name for name, _ in model.named_modules()]
+    for wanted in names or []:
+        if not any(name.endswith(wanted) for name in modules):
+            endings = sorted({name.rpartition(".")[2] for name in modules} - {""})
+            named = ", ".join(ending for ending in endings if not ending.isdigit())
+            raise UserError(f"--modules_to_save {wanted} matches no module of the model; modules end in: {named}")
 
 
 def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
@@ -132,7 +218,10 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
         tokenizer = AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError, ImportError) as error:
         reason = " ".join(str(error).split())[:300]
-        raise UserError(f"tokenizer of --model_name_or_path {path} cannot be loaded: {reason}") from error
+        raise UserError(
+            f"tokenizer of --model_name_or_path {path} cannot be loaded, copy its files (tokenizer.json or"
+            f" tokenizer.model, tokenizer_config.json) there: {reason}"
+        ) from error
     if tokenizer.eos_token_id is None:
         raise UserError(f"the tokenizer of {path} has no eos_token; set one in its tokenizer_config.json")
     if tokenizer.pad_token_id is None:

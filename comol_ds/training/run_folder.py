@@ -1,6 +1,7 @@
 """The run folder: where everything of a run is written, and what is written there while it trains."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -28,8 +29,11 @@ class RunFolder:
         Raises:
             UserError: checkpoints of an earlier run, and ``overwrite`` is false.
         """
-        if self.path.exists() and not self.path.is_dir():
-            raise UserError(f"--output_dir {self.path} is a file; choose a folder")
+        existing = next(path for path in (self.path, *self.path.absolute().parents) if path.exists())
+        if not existing.is_dir():
+            raise UserError(f"--output_dir {self.path}: {existing} is a file; choose a folder")
+        if not os.access(existing, os.W_OK):
+            raise UserError(f"--output_dir {self.path}: no permission to write in {existing}; choose another folder")
         if not overwrite and any(self.checkpoints.glob("step_*")):
             raise UserError(
                 f"--output_dir {self.path} holds checkpoints of an earlier run; continue it with"

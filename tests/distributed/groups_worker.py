@@ -6,8 +6,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from comol_ds.errors import UserError  # noqa: E402
-from comol_ds.parallel import groups  # noqa: E402
+from comol_ds.errors import UserError
+from comol_ds.parallel import groups
 
 
 def fail_on_rank_1(error: Exception) -> None:

@@ -1,0 +1,286 @@
+"""What a user got wrong: one line with the value and the remedy, exit code 2, before the model, nothing written."""
+
+import json
+import shutil
+import sys
+from dataclasses import asdict
+
+import pytest
+from deepspeed.accelerator import get_accelerator
+from transformers import AutoModelForCausalLM
+
+from comol_ds.config_parser import parse_run_config
+from comol_ds.parallel.groups import World
+from comol_ds.training.checkpoint import MARKER, _commit
+from comol_ds.training.plan import plan_run
+from tests.data.data_helpers import sums, tiny_tokenizer, write_jsonl
+from tests.launch.launcher_calls import launcher, refused, snapshot
+from tests.tiny_models import FAMILIES
+
+
+@pytest.fixture
+def message(inputs, capfd, monkeypatch):
+    """Calls the launcher with changed flags and returns why it refused them."""
+    return lambda *extra, **changes: refused(inputs, capfd, monkeypatch, inputs.argv(*extra, **changes))
+
+
+FLAGS = [
+    (["--lerning_rate", "1e-3"], "unknown flag --lerning_rate", "nearest known name is --learning_rate"),
+    (["--lora-rang=8"], "unknown flag --lora_rang", "nearest known name is --lora_alpha"),
+    (["--r", "8", "16"], "unexpected argument '16'", "values follow their --flag"),
+    (["--r", "eight"], "--r: invalid int value: 'eight'", "see --help"),
+    (["--learning_rate", "fast"], "invalid float value: 'fast'", "see --help"),
+    (["--packing", "maybe"], "--packing", "maybe"),
+    (["--router", "both"], "invalid choice: 'both'", "core"),
+    (["--seed"], "--seed", "expected one argument"),
+    (["--r", "0"], "--r 0", "must be a positive whole number"),
+    (["--r", "-4"], "--r -4", "must be a positive whole number"),
+    (["--num_experts", "0"], "--num_experts 0", "must be a positive whole number"),
+    (["--lora_dropout", "1"], "--lora_dropout 1.0", "[0, 1)"),
+    (["--lora_dropout", "-0.1"], "--lora_dropout -0.1", "[0, 1)"),
+    (["--lora_dropout", "nan"], "--lora_dropout nan", "[0, 1)"),
+    (["--learning_rate", "-1"], "--learning_rate -1.0", "must not be negative"),
+    (["--save_total_limit", "0"], "--save_total_limit 0", "must be a positive whole number"),
+    (["--report_to", "comet"], "--report_to ['comet']", "choose from tensorboard, wandb, none"),
+    (["--global_batch_size", "20"], "--global_batch_size 20", "--per_device_train_batch_size 8", "use 16 or 24"),
+    (["--global_batch_size", "4"], "--global_batch_size 4", "use 8 or 16"),
+    (["--dataset_weights", "1", "2"], "--dataset_weights has 2 values for 1 data sets", "one per data set"),
+    (["--dataset_weights", "0"], "--dataset_weights [0.0]", "must be positive"),
+    (["--streaming", "--max_steps", "-1"], "--streaming needs --max_steps"),
+    (["--streaming"], "--streaming needs --eval_dataset"),
+    (["--packing", "--group_by_length"], "--packing and --group_by_length exclude each other"),
+    (["--lr_scheduler_type", "cosin"], "--lr_scheduler_type cosin", "cosine_with_restarts", "try linear or cosine"),
+    (["--lr_scheduler_type", "reduce_lr_on_plateau"], "follows a metric", "try linear or cosine"),
+    (["--lr_scheduler_type", "greedy"], "follows a metric", "try linear or cosine"),
+    (["--lr_scheduler_type", "cosine_with_min_lr"], "min_lr", "try linear or cosine"),
+    (["--target_modules", "q_porj"], "q_porj match no module", "down_proj, gate_proj, k_proj, lm_head, o_proj, q_proj"),
+    (["--target_modules", ".*(q|"], "'.*(q|' is not a regular expression"),
+    (["--target_modules", "embed_tokens"], "a Embedding", "nn.Linear only"),
+    (["--modules_to_save", "lm_haed"], "--modules_to_save lm_haed matches no module", "lm_head"),
+    (["--resume_from_checkpoint", "--overwrite_output_dir"], "--overwrite_output_dir", "give one of them"),
+    (["--resume_from_checkpoint", "/no/step_3"], "/no/step_3: no such folder", "give a step_<n> folder or latest"),
+    (["--max_length", "1"], "--max_length 1", "must be at least 2"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("case", FLAGS, ids=lambda case: " ".join(case[0]))
+def test_flag(case, message):
+    words, *fragments = case
+    found = message(*words)
+    assert all(fragment in found for fragment in fragments), found
+
+
+def test_required_flags(message):
+    assert message(ds_config=None) == "--ds_config is missing; give a DeepSpeed JSON, for example ds_configs/zero3.json"
+    assert "--dataset is missing" in message(dataset=None)
+
+
+YAML = [
+    ("lerning_rate: 0.1", "unknown YAML key lerning_rate", "nearest known name is learning_rate"),
+    ("config: other.yaml", "unknown YAML key config", "nearest known name is"),
+    ("8: 1", "unknown YAML key 8", "nearest known name is"),
+    ("r: eight", "--r: invalid int value: 'eight'"),
+    ("r: 8.5", "invalid int value: '8.5'"),
+    ("r: [8, 16]", "r is a list; give one value"),
+    ("dataset: {train: a.jsonl}", "dataset is a dict; give one value"),
+    ("r: null", "r is null; give it a value or remove the line"),
+    ("- r", "must hold 'flag: value' lines, found a list"),
+    ("r: [1\nseed: 2", "not valid YAML", "line 2"),
+]
+
+
+@pytest.mark.parametrize("case", YAML, ids=lambda case: case[0])
+def test_yaml(case, message, inputs):
+    text, *fragments = case
+    found = message("--config", inputs.write("run.yaml", text))
+    assert all(fragment in found for fragment in fragments), found
+
+
+def test_yaml_file_that_cannot_be_read(message, inputs):
+    path = inputs.folder / "run.yaml"
+    assert message("--config", path) == f"--config {path}: No such file or directory; check the path"
+    path.write_bytes(b"output_dir: \xff\xfe")
+    assert f"--config {path} is not UTF-8 text (byte 12)" in message("--config", path)
+
+
+JSON_BLOCKS = [
+    ({"train_micro_batch_size_per_gpu": 4}, "train_micro_batch_size_per_gpu = 4", "--per_device_train_batch_size = 8"),
+    ({"train_batch_size": 64}, "train_batch_size = 64", "--global_batch_size = 8"),
+    ({"gradient_accumulation_steps": 2}, "gradient_accumulation_steps = 2", "accumulation of this run = 1"),
+    ({"gradient_clipping": 0.5}, "gradient_clipping = 0.5", "--max_grad_norm = 1.0"),
+    ({"bf16": {"enabled": True}}, "bf16.enabled = True", "--bf16 = False", 'write "auto"'),
+    ({"bf16": True}, "'bf16' must be an object, found True"),
+    ({"elasticity": {"enabled": True, "max_train_batch_size": 8}}, "'elasticity' is refused", "remove the block"),
+    ({"optimizer": {"type": "AdamW", "params": {"lr": "auto"}}}, "'optimizer' is refused", "--optim, --learning_rate"),
+    ({"scheduler": {"type": "WarmupLR"}}, "'scheduler' is refused", "--lr_scheduler_type"),
+    ({"fp16": {"enabled": "auto"}}, "'fp16' is refused", "--bf16 true"),
+    ({"zero_optimization": {"stage": 4}}, "zero_optimization.stage is 4", "use 1, 2 or 3"),
+    ({"zero_optimization": {"stage": 3, "stage3_max_live": 1}}, "zero_optimization.stage3_max_live = 1", "remove it"),
+    ({"zero_optimization": True}, "'zero_optimization' must be an object, found True"),
+    ({"zero_optimization": {"stage": 2, "reduce_bucket_size": "auto"}}, 'reduce_bucket_size is "auto"'),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("case", JSON_BLOCKS, ids=lambda case: str(case[0]))
+def test_deepspeed_json_contradicts_the_run(case, message, inputs):
+    blocks, *fragments = case
+    found = message(ds_config=inputs.ds_json(**blocks))
+    assert all(fragment in found for fragment in fragments), found
+
+
+def test_deepspeed_json_that_cannot_be_read(message, inputs):
+    path = inputs.folder / "ds.json"
+    assert f"--ds_config {path}: No such file or directory; ds_configs/ has working examples" in message(ds_config=path)
+    inputs.write("ds.json", '{\n  "train_batch_size": 8,\n  "bf16": {"enabled" true}\n}')
+    assert f"--ds_config {path} is not valid JSON: line 3: Expecting ':' delimiter" in message(ds_config=path)
+    inputs.write("ds.json", [1])
+    assert "must hold a JSON object, found a list" in message(ds_config=path)
+    path.write_bytes(b'{"a": "\xff"}')
+    assert "is not UTF-8 text (byte 7)" in message(ds_config=path)
+
+
+def test_bf16_on_a_device_without_it(message, monkeypatch):
+    monkeypatch.setattr(get_accelerator(), "is_bf16_supported", lambda: False)
+    assert message("--bf16", "true") == "--bf16 true: this device does not compute in bfloat16; use --bf16 false"
+
+
+def test_wandb_that_is_not_installed(message, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    found = message(report_to=["tensorboard", "wandb"])
+    assert found == "--report_to tensorboard wandb: wandb is not installed; pip install 'comol_ds[wandb]'"
+
+
+def test_model_folder(message, inputs):
+    path = inputs.folder / "model"
+    assert message(model_name_or_path=path) == f"--model_name_or_path {path}: no such folder; check the path"
+    path.mkdir()
+    assert f"--model_name_or_path {path} cannot be read" in message(model_name_or_path=path)
+    inputs.write("model/config.json", {"model_type": "lama"})
+    assert f"--model_name_or_path {path} cannot be read" in message(model_name_or_path=path)
+
+
+def test_model_without_tokenizer(message, inputs):
+    path = inputs.folder / "model"
+    AutoModelForCausalLM.from_config(FAMILIES["llama"]).save_pretrained(path)
+    found = message(model_name_or_path=path)
+    assert f"tokenizer of --model_name_or_path {path} cannot be loaded, copy its files (tokenizer.json" in found
+
+
+def test_tokenizer_without_end_of_sequence(message, inputs):
+    path = inputs.folder / "model"
+    shutil.copytree(inputs.model, path)
+    tokenizer = tiny_tokenizer()
+    tokenizer.eos_token = None
+    tokenizer.save_pretrained(path)
+    assert f"the tokenizer of {path} has no eos_token; set one" in message(model_name_or_path=path)
+
+
+def test_data_file(message, inputs):
+    path = inputs.folder / "data.jsonl"
+    assert message(dataset=path) == f"data set '{path}': no such file or folder; check the path"
+    path.touch()
+    assert f"data file '{path}' is empty" in message(dataset=path)
+    path.write_text('{"prompt": "a", "completion": "b"}\n' * 6 + '{"prompt": "a", completion: "b"}\n')
+    assert f"{path} line 7: broken JSON" in message(dataset=path)
+    write_jsonl(path, [{"text": "a", "label": 1}])
+    found = message(dataset=path)
+    assert "no known columns (found: text, label); accepted formats: messages (messages), prompt_completion" in found
+    assert "question_answer (question, answer); rename the columns" in found
+    assert "data set '" in message(eval_dataset=inputs.folder / "held_out.jsonl")
+
+
+def test_prompts_that_fill_max_length(message, inputs):
+    found = message(max_length=8)
+    assert "every prompt is longer than max_length 8" in found and "raise --max_length" in found
+    rows = [*sums(18), *[{"prompt": "one two " * 60, "completion": "x"}] * 2]
+    found = message(dataset=write_jsonl(inputs.folder / "long.jsonl", rows))
+    assert "2 of 20 records have no label, more than max_dropped_fraction 0.05; for example long:19" in found
+    assert "one two one two" in found and "raise --max_dropped_fraction" in found
+
+
+def test_fewer_records_than_one_global_batch(message):
+    found = message("--global_batch_size", "64")
+    assert "38 training records do not fill one global batch of 64 = 8 (micro-batch) x 8" in found
+    assert "lower --global_batch_size" in found
+
+
+def test_output_dir_that_cannot_hold_a_run(message, inputs):
+    inputs.write("file", "occupied")
+    for path in (inputs.folder / "file", inputs.folder / "file" / "out"):
+        assert message(output_dir=path) == f"--output_dir {path}: {inputs.folder / 'file'} is a file; choose a folder"
+
+
+@pytest.fixture
+def checkpoint(inputs):
+    """A committed checkpoint of the run that `inputs.argv()` describes, in its run folder; not loadable."""
+    plan = plan_run(parse_run_config(inputs.argv()), World(0, 1, 0))
+    folder = plan.folder.checkpoints / "step_2"
+    folder.mkdir(parents=True)
+    (folder / "state.json").write_text(json.dumps({"step": 2, "identity": asdict(plan.identity)}))
+    _commit(plan.folder.checkpoints, folder, None)
+    return folder
+
+
+def test_output_dir_of_another_run(message, inputs, checkpoint):
+    found = message()
+    assert found.startswith(f"--output_dir {inputs.out} holds checkpoints of an earlier run; continue it with")
+    assert "--resume_from_checkpoint" in found and "--overwrite_output_dir" in found
+
+
+OTHER_RUNS = [
+    (["--r", "4"], "adapter.r = 16, this run has 4"),
+    (["--num_experts", "2"], "adapter.num_experts = 8, this run has 2"),
+    (["--target_modules", "q_proj"], "adapter.target_modules = ['q_proj', 'k_proj', "),
+    (["--router", "input"], "adapter.router = core, this run has input"),
+    (["--seed", "1"], "seed = 42, this run has 1"),
+    (["--optim", "sgd"], "optim = adamw_torch, this run has sgd"),
+    (["--per_device_train_batch_size", "4", "--global_batch_size", "8"], "micro_batch = 8, this run has 4"),
+]
+
+
+@pytest.mark.parametrize("case", OTHER_RUNS, ids=lambda case: " ".join(case[0]))
+def test_checkpoint_of_another_run(case, message, checkpoint):
+    words, difference = case
+    found = message("--resume_from_checkpoint", *words)
+    assert found.startswith(f"checkpoint {checkpoint} was written with {difference}"), found
+    assert "resume with the same setting or choose another --output_dir" in found
+
+
+def test_checkpoint_of_another_stage_or_world(message, inputs, checkpoint, monkeypatch):
+    found = message("--resume_from_checkpoint", ds_config=inputs.ds_json(zero_optimization={"stage": 2}))
+    assert "was written with zero_stage = 1, this run has 2" in found
+    for name, value in {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}.items():
+        monkeypatch.setenv(name, value)
+    assert "was written with world_size = 1, this run has 2" in message("--resume_from_checkpoint", checkpoint)
+
+
+def test_only_uncommitted_checkpoints(message, checkpoint):
+    (checkpoint / MARKER).unlink()
+    for words in (["--resume_from_checkpoint"], ["--resume_from_checkpoint", checkpoint]):
+        found = message(*words)
+        assert f"checkpoint {checkpoint} is not usable: it has no {MARKER} marker" in found
+        assert "start anew with --overwrite_output_dir" in found
+
+
+def test_resume_from_what_is_no_checkpoint(message, inputs):
+    found = message("--resume_from_checkpoint", inputs.folder)
+    assert found.endswith("not a step_<n> folder; give one or latest")
+
+
+def test_bad_launcher_environment(message, monkeypatch):
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert message() == "RANK is set but LOCAL_RANK is not; start with deepspeed, torchrun or srun"
+
+
+def test_only_rank_0_of_a_node_tells(inputs, capfd, monkeypatch):
+    waited = []
+    monkeypatch.setattr(launcher().time, "sleep", waited.append)
+    for rank, local_rank in ((1, 1), (2, 0)):
+        for name, value in {"RANK": rank, "WORLD_SIZE": 4, "LOCAL_RANK": local_rank}.items():
+            monkeypatch.setenv(name, str(value))
+        before = snapshot(inputs.folder)
+        assert launcher().main(inputs.argv("--r", "0")) == 2
+        assert snapshot(inputs.folder) == before
+    assert capfd.readouterr().err == "train.py: error: rank 2: --r 0: must be a positive whole number\n"
+    assert waited == [10, 10]

@@ -1,0 +1,100 @@
+"""--dry_run: what it prints, and that it neither writes nor trains."""
+
+import json
+import re
+
+import pytest
+from peft import get_peft_model
+from transformers import AutoModelForCausalLM
+
+from comol_ds import CoMoLConfig
+from comol_ds.config_parser import parse_run_config
+from comol_ds.training import loop
+from tests.data.data_helpers import sums, write_jsonl
+from tests.launch.launcher_calls import launcher, snapshot
+
+
+@pytest.fixture
+def dry_run(inputs, capfd, monkeypatch):
+    """Calls the launcher with --dry_run and returns what it prints."""
+
+    def call(*extra, **changes) -> str:
+        monkeypatch.setattr(loop.groups, "initialize", None)  # ranks do not even meet
+        before = snapshot(inputs.folder)
+        capfd.readouterr()
+        assert launcher().main(inputs.argv("--dry_run", *extra, **changes)) == 0
+        assert snapshot(inputs.folder) == before
+        return capfd.readouterr().out
+
+    return call
+
+
+def section(printed: str, title: str) -> str:
+    return re.search(rf"^# {title}[^\n]*\n(.*?)(?=^# |\Z)", printed, re.MULTILINE | re.DOTALL).group(1)
+
+
+def test_resolved_run_can_be_given_back(dry_run, inputs):
+    printed = section(dry_run("--lora_dropout", "0.1"), "run")
+    path = inputs.write("again.yaml", printed)
+    again = parse_run_config(["--config", str(path)])
+    assert (again.adapter.lora_dropout, again.run.dry_run, again.data.dataset) == (0.1, True, [inputs.data])
+    assert again.optimizer.global_batch_size == 8  # as it follows from one rank
+
+
+def test_deepspeed_configuration_is_resolved(dry_run):
+    config = json.loads(section(dry_run("--max_grad_norm", "0.3"), "DeepSpeed"))
+    assert (config["train_batch_size"], config["train_micro_batch_size_per_gpu"]) == (8, 8)
+    assert (config["gradient_clipping"], config["bf16"]["enabled"]) == (0.3, False)
+    assert config["zero_optimization"]["stage"] == 1
+
+
+def test_batch_arithmetic_of_several_ranks(dry_run, monkeypatch):
+    for name, value in {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}.items():
+        monkeypatch.setenv(name, value)
+    flags = {"per_device_train_batch_size": 4, "global_batch_size": 24}
+    assert "batches: 4 micro x 3 accumulation x 2 data-parallel = 24 global\n" in dry_run(**flags)
+    monkeypatch.setenv("RANK", "1")
+    assert dry_run(**flags) == ""  # rank 0 says it
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        {"r": 4, "num_experts": 3},
+        {"r": 8, "router": "input", "target_modules": "all-linear"},
+        {"target_modules": ["q_proj", "down_proj"], "modules_to_save": ["lm_head"]},
+    ],
+    ids=str,
+)
+def test_parameter_counts_are_those_of_peft(flags, dry_run, inputs):
+    settings = {"target_modules": ["q_proj", "k_proj", "v_proj", "o_proj", "down_proj"]} | flags
+    base = AutoModelForCausalLM.from_pretrained(inputs.model)
+    model = get_peft_model(base, CoMoLConfig(task_type="CAUSAL_LM", **settings))
+    trainable, everything = model.get_nb_trainable_parameters()
+    share = 100 * trainable / everything
+    assert f"trainable params: {trainable:,d} || all params: {everything:,d} || trainable%: {share:.4f}\n" in dry_run(
+        **flags
+    )
+
+
+def test_one_example_with_its_label_mask(dry_run):
+    shown = section(dry_run(), "first training record").splitlines()
+    assert shown[0] == "record records:1, task records: 15 tokens, 6 with loss in [[ ]]"
+    assert shown[1] == "<s>How many is 0 and ?[[ There are 0.</s>]]"
+    on_all = section(dry_run("--train_on_prompt"), "first training record").splitlines()
+    assert on_all[0].endswith("14 with loss in [[ ]]")  # the first token follows nothing
+    assert on_all[1] == "<s>[[How many is 0 and ? There are 0.</s>]]"
+
+
+def test_a_cut_example_says_so(dry_run, inputs):
+    data = write_jsonl(inputs.folder / "alike.jsonl", sums(1) * 10)
+    printed = dry_run(dataset=data, max_length=13)
+    assert "10 records read, 10 cut at max_length 13, " in printed
+    head, text = section(printed, "first training record").splitlines()
+    assert head.endswith("13 tokens, 4 with loss in [[ ]], cut at the end")
+    assert text.startswith("<s>How many is 0 and ?[[ ") and "</s>" not in text
+
+
+def test_a_used_run_folder_may_be_looked_at(dry_run, inputs):
+    (inputs.out / "checkpoints" / "step_2").mkdir(parents=True)
+    assert "batches: 8 micro" in dry_run()

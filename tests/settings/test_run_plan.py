@@ -1,0 +1,142 @@
+"""Settings to the adapter's configuration, the precision, the parameter counts and the run's identity."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from deepspeed.accelerator import get_accelerator
+from transformers import AutoModelForCausalLM
+
+from comol_ds.config import AdapterSettings, DataSettings, ModelSettings, OptimizerSettings, RunConfig, RunSettings
+from comol_ds.errors import UserError
+from comol_ds.parallel.assemble import attach_adapter, comol_config
+from comol_ds.parallel.groups import World
+from comol_ds.parallel.zero_partition import count_parameters
+from comol_ds.training.plan import check_schedule, decide_bf16, load_tokenizer, plan_run, preview_parameters
+from tests.data.data_helpers import tiny_tokenizer
+from tests.tiny_models import FAMILIES, save_tiny_model
+
+DS_CONFIG = Path(__file__).resolve().parents[2] / "ds_configs" / "zero3.json"
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory):
+    return save_tiny_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture
+def config(model_folder, tmp_path):
+    return RunConfig(
+        model=ModelSettings(model_name_or_path=str(model_folder), bf16=False),
+        adapter=AdapterSettings(r=4, num_experts=3),
+        data=DataSettings(dataset=["x.jsonl"]),
+        run=RunSettings(ds_config=str(DS_CONFIG), output_dir=str(tmp_path / "out")),
+    )
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        (["q_proj", "v_proj"], {"q_proj", "v_proj"}),
+        (["q_proj"], {"q_proj"}),
+        (["self_attn.q_proj"], {"self_attn.q_proj"}),
+        (["all-linear"], "all-linear"),
+        ([r".*\.layers\.[01]\.mlp\.(up|down)_proj"], r".*\.layers\.[01]\.mlp\.(up|down)_proj"),
+    ],
+    ids=str,
+)
+def test_target_modules_reach_the_peft_configuration(given, expected):
+    assert comol_config(AdapterSettings(target_modules=given)).target_modules == expected
+
+
+@pytest.mark.parametrize(
+    ("given", "adapted"),
+    [
+        (["q_proj"], {"self_attn.q_proj"}),
+        (["self_attn.q_proj", "up_proj"], {"self_attn.q_proj", "mlp.up_proj"}),
+        ([r".*\.mlp\.(up|down)_proj"], {"mlp.up_proj", "mlp.down_proj"}),
+        (
+            ["all-linear"],
+            {f"self_attn.{name}_proj" for name in "qkvo"} | {f"mlp.{name}_proj" for name in ("gate", "up", "down")},
+        ),
+    ],
+    ids=str,
+)
+def test_target_modules_are_adapted_in_every_layer(given, adapted):
+    base = AutoModelForCausalLM.from_config(FAMILIES["llama"])
+    model = attach_adapter(base, AdapterSettings(r=2, target_modules=given), seed=0, bf16=False)
+    found = {name.split(".comol_A")[0] for name, _ in model.named_parameters() if ".comol_A" in name}
+    assert found == {f"base_model.model.model.layers.{layer}.{name}" for layer in range(2) for name in adapted}
+
+
+def test_other_adapter_settings_reach_the_peft_configuration():
+    settings = AdapterSettings(4, 8, 0.25, 3, "input", "identity", "paper", ["q_proj"], ["lm_head"])
+    found = comol_config(settings)
+    for name in ("r", "lora_alpha", "lora_dropout", "num_experts", "router", "core_init", "dropout_scheme"):
+        assert getattr(found, name) == getattr(settings, name), name
+    assert found.modules_to_save == ["lm_head"] and found.task_type == "CAUSAL_LM"
+
+
+def test_preview_counts_what_training_would(config):
+    base = AutoModelForCausalLM.from_pretrained(config.model.model_name_or_path)
+    adapted = attach_adapter(base, config.adapter, seed=0, bf16=False)
+    assert preview_parameters(config) == count_parameters(adapted) == adapted.get_nb_trainable_parameters()
+
+
+def test_plan_writes_nothing_and_resolves(config, tmp_path):
+    plan = plan_run(config, World(1, 2, 1))
+    assert not (tmp_path / "out").exists()
+    assert (plan.batches.global_batch, plan.ds_config["train_batch_size"], plan.start_step) == (16, 16, 0)
+    assert plan.config.optimizer.global_batch_size == 16
+    assert config.optimizer.global_batch_size is None  # the caller's settings stay as they were
+    assert (plan.identity.world_size, plan.identity.zero_stage, plan.identity.adapter["r"]) == (2, 3, 4)
+
+
+def test_identity_names_the_first_difference(config, tmp_path):
+    identity = plan_run(config, World(0, 2, 0)).identity
+    stored = {**vars(identity), "adapter": dict(identity.adapter)}
+    identity.check_same(stored, tmp_path)
+    other = replace(config, adapter=replace(config.adapter, r=8))
+    with pytest.raises(UserError, match=r"was written with adapter.r = 4, this run has 8; resume with the same"):
+        plan_run(other, World(0, 2, 0)).identity.check_same(stored, tmp_path)
+    del stored["optim"]
+    with pytest.raises(UserError, match=r"optim = None, this run has adamw_torch"):
+        identity.check_same(stored, tmp_path)
+
+
+@pytest.mark.parametrize(("asked", "supported", "expected"), [(None, False, False), (False, True, False)])
+def test_precision_without_asking_for_bf16(asked, supported, expected, monkeypatch):
+    monkeypatch.setattr(get_accelerator(), "is_bf16_supported", lambda: supported)
+    assert decide_bf16(asked) is expected
+
+
+def test_bf16_where_it_is_supported(monkeypatch):
+    monkeypatch.setattr(get_accelerator(), "is_bf16_supported", lambda: True)
+    assert decide_bf16(True) is True
+    monkeypatch.setattr(get_accelerator(), "device_name", lambda index=None: "cuda")
+    assert decide_bf16(None) is True
+
+
+@pytest.mark.parametrize("name", ["linear", "cosine", "constant", "constant_with_warmup", "polynomial", "inverse_sqrt"])
+def test_schedules_that_run(name):
+    check_schedule(OptimizerSettings(lr_scheduler_type=name, warmup_steps=5))
+
+
+@pytest.mark.parametrize("name", ["nope", "reduce_lr_on_plateau", "greedy", "warmup_stable_decay"])
+def test_schedules_that_do_not(name):
+    with pytest.raises(UserError, match=f"--lr_scheduler_type {name}.*try linear or cosine"):
+        check_schedule(OptimizerSettings(lr_scheduler_type=name))
+
+
+def test_checking_a_schedule_draws_no_random_numbers():
+    before = torch.get_rng_state()
+    check_schedule(OptimizerSettings())
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_tokenizer_without_padding_pads_with_the_end(tmp_path):
+    tokenizer = tiny_tokenizer()
+    tokenizer.pad_token = None
+    tokenizer.save_pretrained(tmp_path)
+    assert load_tokenizer(str(tmp_path)).pad_token == "</s>"

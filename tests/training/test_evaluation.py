@@ -1,0 +1,174 @@
+"""Held-out loss and exact match of a tiny model, against one record at a time."""
+
+import math
+from collections import defaultdict
+
+import datasets
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from comol_ds.config import AdapterSettings
+from comol_ds.data.batches import EvalBatches, generation_batches
+from comol_ds.data.tokenization import RecordTokenizer
+from comol_ds.parallel.assemble import attach_adapter
+from comol_ds.training.evaluation import Evaluation, TaskScore, comparison_table, evaluate
+from tests.data.data_helpers import sums, tiny_tokenizer
+from tests.tiny_models import FAMILIES
+
+NEW_TOKENS = 4
+TOKENIZER = tiny_tokenizer()
+
+
+class Engine:
+    """What evaluate() asks of the DeepSpeed engine."""
+
+    def __init__(self, module: torch.nn.Module):
+        self.module = module
+
+    def __call__(self, **inputs):
+        assert not self.module.training and not torch.is_grad_enabled()
+        return self.module(**inputs)
+
+    def eval(self) -> None:
+        self.module.eval()
+
+    def train(self) -> None:
+        self.module.train()
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(2)
+    base = AutoModelForCausalLM.from_config(FAMILIES["llama"])
+    with torch.no_grad():
+        for parameter in base.parameters():
+            parameter.mul_(4)  # predictions far from uniform: no near ties between tokens
+    adapted = attach_adapter(base, AdapterSettings(r=4, num_experts=2, lora_dropout=0.5), seed=0, bf16=False)
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "comol_B" in name:
+                parameter.normal_()
+    return adapted.train()
+
+
+def greedy(model: torch.nn.Module, prompt: list[int]) -> str:
+    """The answer token by token, without padding or cache."""
+    ids = list(prompt)
+    for _ in range(NEW_TOKENS):
+        ids.append(int(model(torch.tensor([ids]), use_cache=False).logits[0, -1].argmax()))
+        if ids[-1] == TOKENIZER.eos_token_id:
+            break
+    return TOKENIZER.decode(ids[len(prompt) :], skip_special_tokens=True)
+
+
+@pytest.fixture(scope="module")
+def records(model):
+    """Records of two tasks; the answers of every second one are what the model says."""
+    rows = [*sums(7, task="short"), *sums(4, task="other")]
+    texts = {
+        "record_id": [f"x:{i}" for i in range(len(rows))],
+        "task": [row["task"] for row in rows],
+        "prompt": [row["prompt"] for row in rows],
+        "completion": [row["completion"] for row in rows],
+        "messages": [""] * len(rows),
+    }
+    data = datasets.Dataset.from_dict(RecordTokenizer(TOKENIZER, max_length=64)(texts))
+    model.eval()
+    with torch.no_grad():
+        said = [greedy(model, row["input_ids"][: row["prompt_length"]]) for row in data]
+    model.train()
+    assert len(set(said)) > 1
+    references = [f"  {answer}\n" if i % 2 else "something else" for i, answer in enumerate(said)]
+    return data.remove_columns("reference").add_column("reference", references)
+
+
+def literal_losses(model: torch.nn.Module, records: datasets.Dataset) -> dict[str, list[float]]:
+    """Task -> negative log-probability of every answer token, from one unpadded forward per record."""
+    losses = defaultdict(list)
+    model.eval()
+    for record in records:
+        with torch.no_grad():
+            logits = model(torch.tensor([record["input_ids"]])).logits[0].double()
+        for position, label in enumerate(record["labels"][1:]):
+            if label != -100:
+                losses[record["task"]].append(-logits[position].log_softmax(0)[label].item())
+    model.train()
+    return losses
+
+
+def score(model, records, batch_size: int, prompts: int | None) -> Evaluation:
+    return evaluate(
+        Engine(model),
+        sorted(set(records["task"])),
+        EvalBatches(records, batch_size, 0, 1, TOKENIZER.pad_token_id),
+        generation_batches(records, batch_size, 0, 1, TOKENIZER.pad_token_id, prompts),
+        TOKENIZER,
+        NEW_TOKENS,
+        torch.device("cpu"),
+    )
+
+
+@pytest.mark.parametrize("batch_size", [1, 4, 16])  # 4 and 16 need dummy rows for 11 records
+def test_loss_and_exact_match(batch_size, model, records):
+    found = score(model, records, batch_size, prompts=None)
+    losses = literal_losses(model, records)
+    assert list(found.tasks) == ["other", "short", "all"]
+    for task, values in {**losses, "all": losses["other"] + losses["short"]}.items():
+        assert found.tasks[task].loss == pytest.approx(sum(values) / len(values), rel=1e-5)
+        assert found.tasks[task].tokens == len(values)
+    matches = {task: (score.exact_match, score.generated) for task, score in found.tasks.items()}
+    # rows 1, 3, 5 of the 7 short ones, and 7, 9 of the 4 others
+    assert matches == {"short": (3 / 7, 7), "other": (2 / 4, 4), "all": (5 / 11, 11)}
+    assert model.training  # left as training wants it
+
+
+def test_a_bounded_number_of_answers_comes_from_every_task(model, records):
+    found = score(model, records, 4, prompts=3)
+    assert {task: score.generated for task, score in found.tasks.items()} == {"short": 2, "other": 1, "all": 3}
+    none = score(model, records, 4, prompts=0)
+    assert {score.exact_match for score in none.tasks.values()} == {None}
+    assert none.overall.loss == pytest.approx(found.overall.loss, rel=1e-12)
+
+
+def test_a_task_without_tokens_has_no_loss(model, records):
+    found = evaluate(
+        Engine(model),
+        ["absent", "other"],
+        EvalBatches(records.filter(lambda row: row["task"] == "other"), 4, 0, 1, 0),
+        [],
+        TOKENIZER,
+        NEW_TOKENS,
+        torch.device("cpu"),
+    )
+    assert math.isnan(found.tasks["absent"].loss) and found.tasks["absent"].tokens == 0
+    assert found.overall == found.tasks["other"]
+
+
+def evaluation(*scores: TaskScore) -> Evaluation:
+    return Evaluation(dict(zip(("reverse", "sort", "all"), scores, strict=True)))
+
+
+def test_comparison_table():
+    before = evaluation(TaskScore(2.5, 9, 0.0, 4), TaskScore(3.25, 5, None, 0), TaskScore(2.75, 14, 0.0, 4))
+    after = evaluation(TaskScore(0.5, 9, 0.75, 4), TaskScore(1.25, 5, None, 0), TaskScore(0.75, 14, 0.75, 4))
+    lines = [line.split() for line in comparison_table(before, after).splitlines()]
+    assert lines == [
+        ["task", "loss", "exact", "match", "answers"],
+        ["reverse", "2.500", "->", "0.500", "0%", "->", "75%", "4"],
+        ["sort", "3.250", "->", "1.250", "-", "0"],
+        ["all", "2.750", "->", "0.750", "0%", "->", "75%", "4"],
+    ]
+    lines = [line.split() for line in comparison_table(None, after).splitlines()]
+    assert lines[1:] == [
+        ["reverse", "0.500", "75%", "4"],
+        ["sort", "1.250", "-", "0"],
+        ["all", "0.750", "75%", "4"],
+    ]
+    widths = {len(line) for line in comparison_table(before, after).splitlines()}
+    assert len(widths) == 1  # columns stand under each other
+
+
+def test_json_form():
+    scores = evaluation(TaskScore(0.5, 9, 0.75, 4), TaskScore(1.0, 5, None, 0), TaskScore(0.7, 14, 0.75, 4)).as_json()
+    assert scores["sort"] == {"loss": 1.0, "tokens": 5, "exact_match": None, "generated": 0}
