@@ -43,7 +43,7 @@ def write_adapter(tensors: dict[str, torch.Tensor], config: CoMoLConfig, folder:
         UserError: the tensors do not fit the configuration, are empty or not finite. Nothing is written then.
     """
     verify_tensors(tensors, config)
-    folder = Path(folder)
+    folder = Path(folder).resolve()
     staging = folder.parent / f".{folder.name}.writing"
     if staging.exists():  # left by a run that was killed
         shutil.rmtree(staging)

@@ -159,13 +159,12 @@ class CoMoLLinear(nn.Module, BaseTunerLayer):
         return drop(torch.matmul(h.unsqueeze(-2), drop(merged)).squeeze(-2)) * scale
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Always raises UserError: there is no weight that does for every token what the adapter does."""
         raise UserError(NO_MERGE)
 
     def unmerge(self) -> None:
+        """Always raises UserError: nothing can have been merged."""
         raise UserError(f"nothing to unmerge: {NO_MERGE}")
-
-    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        return False
 
     def __repr__(self) -> str:
         return "comol." + super().__repr__()

@@ -1,5 +1,6 @@
 """CoMoLConfig: what a user says about a CoMoL adapter, checked where it is said."""
 
+import math
 import re
 from dataclasses import dataclass, field
 
@@ -80,7 +81,9 @@ class CoMoLConfig(PeftConfig):
         self.peft_type = PeftType.COMOL
         check_positive_int("r", self.r)
         check_positive_int("num_experts", self.num_experts)
-        if not 0 <= self.lora_dropout < 1:
+        if not _is_number(self.lora_alpha) or not 0 < self.lora_alpha < math.inf:
+            raise UserError(f"lora_alpha is {self.lora_alpha!r}; it must be a number above 0")
+        if not _is_number(self.lora_dropout) or not 0 <= self.lora_dropout < 1:
             raise UserError(f"lora_dropout is {self.lora_dropout!r}; it must lie in [0, 1)")
         check_choice("router", self.router, ROUTERS)
         check_choice("core_init", self.core_init, tuple(CORE_INITIALIZERS))
@@ -101,6 +104,10 @@ class CoMoLConfig(PeftConfig):
             raise UserError("layers_to_transform works with a list of target_modules, not with a regular expression")
         if self.layers_pattern and self.layers_to_transform is None:
             raise UserError(f"layers_pattern {self.layers_pattern!r} has no effect without layers_to_transform")
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def check_positive_int(name: str, value: int) -> None:

@@ -94,6 +94,22 @@ class CoMoLModel(BaseTuner):
     def _check_merge_allowed(self) -> None:
         raise UserError(NO_MERGE)
 
+    @classmethod
+    def _get_adapter_state_dict(cls, *args: Any, **kwargs: Any) -> dict[str, torch.Tensor]:
+        """What is saved. Under ZeRO-3 a parameter that is not gathered has shape (0,); PEFT would write it like that.
+
+        Raises:
+            UserError: a tensor is empty.
+        """
+        tensors = super()._get_adapter_state_dict(*args, **kwargs)
+        empty = next((name for name, tensor in tensors.items() if tensor.numel() == 0), None)
+        if empty is not None:
+            raise UserError(
+                f"{empty} is empty, ZeRO-3 holds it in partitions; save with launch/train.py, or pass a gathered"
+                ' state_dict ("stage3_gather_16bit_weights_on_model_save": true does so in HF Trainer)'
+            )
+        return tensors
+
 
 def linear_suffixes(model: nn.Module) -> list[str]:
     """Last name parts of the model's Linears, sorted: what target_modules can name."""

@@ -17,6 +17,7 @@ class Case:
     optim: str
     checkpointing: str
     family: str = "llama"
+    router: str = "core"
 
     @property
     def name(self) -> str:
@@ -31,7 +32,12 @@ class Case:
                 model_name_or_path=f"{models}/{self.family}", activation_checkpointing=self.checkpointing
             ),
             adapter=AdapterSettings(
-                r=4, lora_alpha=8, num_experts=3, target_modules=["all-linear"], core_init="orthogonal"
+                r=4,
+                lora_alpha=8,
+                num_experts=3,
+                target_modules=["all-linear"],
+                core_init="orthogonal",
+                router=self.router,
             ),
             optimizer=OptimizerSettings(
                 learning_rate=learning_rate,
@@ -58,4 +64,5 @@ CASES = [
     Case("zero3_offload", 1, "adamw_torch", "none"),
     Case("zero3_offload", 4, "sgd", "full"),
     *(Case("zero3", 1, "adamw_torch", "full", family) for family in ("qwen3", "mistral", "gemma3")),
+    *(Case(ds_config, 1, "sgd", "none", router="input") for ds_config in ("zero2", "zero3")),
 ]

@@ -1,0 +1,1 @@
+"""Measurements that back the documentation's figures."""

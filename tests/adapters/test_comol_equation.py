@@ -1,0 +1,167 @@
+"""The layer against the literal equation in float64: forward, every gradient, routers, initializations, dropout."""
+
+import pytest
+import torch
+from torch import nn
+
+from comol_ds.adapters.comol_layer import comol_table
+from comol_ds.adapters.table import AxisSizes
+from tests.adapters.models import layer
+from tests.adapters.oracle import comol_update, random_parameters
+
+I, O, R, E, ALPHA = 10, 7, 4, 3, 6  # noqa: E741 - axis letters
+SHAPES = [(I,), (5, I), (2, 3, I), (2, 3, 2, I), (0, I)]
+# Sums of about 50 float64 products of order one, in two different orders.
+CLOSE = {"rtol": 1e-11, "atol": 1e-12}
+
+
+class FixedMasks(nn.Module):
+    """Stands in for the layer's dropout: gives back prepared masks in the order of the calls."""
+
+    def __init__(self, masks):
+        super().__init__()
+        self.masks = list(masks)
+
+    def forward(self, tensor):
+        mask = self.masks.pop(0)
+        return tensor * mask.reshape(tensor.shape)
+
+
+def set_parameters(wrapped, values):
+    with torch.no_grad():
+        for name, value in values.items():
+            getattr(wrapped, name)["default"].copy_(value)
+
+
+def parameters_of(wrapped):
+    return {name: getattr(wrapped, name)["default"] for name in wrapped.adapter_layer_names}
+
+
+def compare(wrapped, x, router, masks=None, prepare=None):
+    """Output and all gradients (x included) of the layer and of the oracle."""
+    x = x.clone().requires_grad_()
+    if prepare:
+        prepare()
+    y = wrapped(x)
+    upstream = torch.randn(y.shape, generator=torch.Generator().manual_seed(3), dtype=y.dtype)
+    names = wrapped.adapter_layer_names
+    mine = torch.autograd.grad(y, [x, *parameters_of(wrapped).values()], upstream)
+    leaves = {name: value.detach().clone().requires_grad_() for name, value in parameters_of(wrapped).items()}
+    x_oracle = x.detach().clone().requires_grad_()
+    expected = wrapped.base_layer(x_oracle)
+    if x.numel():
+        expected = expected + comol_update(x_oracle, leaves, ALPHA / R, router, masks)
+        theirs = torch.autograd.grad(expected, [x_oracle, *leaves.values()], upstream)
+    else:
+        theirs = [torch.zeros_like(leaf) for leaf in (x_oracle, *leaves.values())]
+    torch.testing.assert_close(y, expected, **CLOSE)
+    for name, a, b in zip(["x", *names], mine, theirs, strict=True):
+        torch.testing.assert_close(a, b, **CLOSE, msg=lambda text, name=name: f"gradient of {name}: {text}")
+        assert not x.numel() or b.abs().max() > 0, f"the oracle's gradient of {name} is zero and proves nothing"
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("bias", [False, True], ids=["plain", "bias"])
+@pytest.mark.parametrize("router", ["core", "input"])
+def test_layer_is_the_equation_for_any_leading_shape(router, bias, shape):
+    wrapped = layer(I, O, router=router, bias=bias)
+    set_parameters(wrapped, random_parameters(comol_table(router), AxisSizes(I, O, R, E)))
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    compare(wrapped, x, router)
+
+
+@pytest.mark.parametrize("core_init", ["paper", "orthogonal", "identity"])
+@pytest.mark.parametrize("router", ["core", "input"])
+def test_layer_is_the_equation_with_every_initialization(router, core_init):
+    torch.manual_seed(5)
+    wrapped = layer(I, O, router=router, core_init=core_init, init_adapter_weights=False)
+    compare(wrapped, torch.randn(2, 6, I, dtype=torch.float64), router)
+
+
+@pytest.mark.parametrize("scheme", ["input", "paper"])
+@pytest.mark.parametrize("router", ["core", "input"])
+def test_layer_is_the_equation_with_fixed_dropout_masks(router, scheme):
+    wrapped = layer(I, O, router=router, lora_dropout=0.25, dropout_scheme=scheme)
+    set_parameters(wrapped, random_parameters(comol_table(router), AxisSizes(I, O, R, E), seed=2))
+    wrapped.train()
+    n = 6
+    generator = torch.Generator().manual_seed(4)
+    sizes = {"x": (n, I)} if scheme == "input" else {"x": (n, I), "core": (n, R, R), "r": (n, R)}
+    masks = {
+        name: (torch.rand(size, generator=generator, dtype=torch.float64) > 0.25) / 0.75 for name, size in sizes.items()
+    }
+
+    def fix():
+        wrapped.dropout["default"] = FixedMasks(masks.values())
+
+    compare(wrapped, torch.randn(2, 3, I, dtype=torch.float64), router, masks, prepare=fix)
+    assert wrapped.dropout["default"].masks == [], "the layer dropped fewer tensors than the scheme says"
+
+
+@pytest.mark.parametrize("scheme", ["input", "paper"])
+def test_dropout_is_off_in_eval_and_random_in_training(scheme):
+    wrapped = layer(I, O, lora_dropout=0.5, dropout_scheme=scheme, init_adapter_weights=False)
+    x = torch.randn(4, I, dtype=torch.float64)
+    expected = wrapped.base_layer(x) + comol_update(x, parameters_of(wrapped), ALPHA / R)
+    torch.testing.assert_close(wrapped.eval()(x), expected, **CLOSE)
+    wrapped.train()
+    assert not torch.allclose(wrapped(x), wrapped(x))
+
+
+@pytest.mark.parametrize("router", ["core", "input"])
+def test_gradcheck_of_the_layer(router):
+    wrapped = layer(5, 6, router=router, r=3, init_adapter_weights=False)
+    names = wrapped.adapter_layer_names
+
+    def function(x, *values):
+        return torch.func.functional_call(
+            wrapped, {f"{name}.default": value for name, value in zip(names, values, strict=True)}, (x,)
+        )
+
+    x = torch.randn(4, 5, dtype=torch.float64, requires_grad=True)
+    values = [parameter.detach().clone().requires_grad_() for parameter in parameters_of(wrapped).values()]
+    assert torch.autograd.gradcheck(function, (x, *values))
+
+
+def test_two_active_adapters_add_up():
+    wrapped = layer(I, O, init_adapter_weights=False)
+    wrapped.add_adapter("other", r=2, lora_alpha=5, num_experts=4, router="input", init_adapter_weights=False)
+    wrapped.set_adapter(["default", "other"])
+    x = torch.randn(3, I, dtype=torch.float64)
+    other = {name: getattr(wrapped, name)["other"] for name in wrapped.adapter_layer_names}
+    expected = wrapped.base_layer(x)
+    expected = expected + comol_update(x, parameters_of(wrapped), ALPHA / R) + comol_update(x, other, 5 / 2, "input")
+    torch.testing.assert_close(wrapped(x), expected, **CLOSE)
+
+
+def test_seams_and_gates_see_what_tensor_parallelism_and_statistics_need():
+    wrapped = layer(I, O, router="input", init_adapter_weights=False)
+    seen = {}
+    wrapped.partial_sums.register_forward_hook(lambda _, args, out: seen.update(partial=args))
+    wrapped.gates.register_forward_hook(lambda _, args, out: seen.update(gates=out))
+    wrapped.core_output.register_forward_hook(lambda _, args, out: seen.update(core=out))
+    x = torch.randn(2, 3, I, dtype=torch.float64)
+    y = wrapped(x)
+    values = parameters_of(wrapped)
+    torch.testing.assert_close(seen["partial"][0], x @ values["comol_A"].T)
+    torch.testing.assert_close(seen["partial"][1], x @ values["comol_router"].T)
+    torch.testing.assert_close(seen["gates"], torch.softmax(x @ values["comol_router"].T, -1))
+    torch.testing.assert_close(y, wrapped.base_layer(x) + seen["core"] @ values["comol_B"].T)
+    assert sorted(wrapped.state_dict()) == sorted(
+        ["base_layer.weight", *(f"{name}.default" for name in wrapped.adapter_layer_names)]
+    )
+
+
+def test_core_router_logits_come_from_the_summed_h():
+    """The seam's h, not the partial one before it, is what the router and the cores read."""
+    wrapped = layer(I, O, init_adapter_weights=False)
+    x = torch.randn(3, I, dtype=torch.float64)
+    expected = comol_update(2 * x, parameters_of(wrapped), ALPHA / R)
+
+    class Doubled(nn.Module):
+        def forward(self, h, logits):
+            assert logits is None
+            return 2 * h, logits
+
+    wrapped.partial_sums = Doubled()
+    torch.testing.assert_close(wrapped.update(x, "default"), expected, **CLOSE)
