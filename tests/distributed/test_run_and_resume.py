@@ -172,3 +172,13 @@ def test_starts_from_slurm_variables(first_run, tmp_path, extensions):
     assert [rank.returncode for rank in ranks] == [0, 0], printed[0][-3000:]
     assert "2 micro x 2 accumulation x 2 data-parallel = 8 global" in printed[0]
     assert "data-parallel" not in printed[1]
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(first_run, tmp_path, extensions):
+    """The second step meets weights of 1e30: the run ends before that update and names the records."""
+    model, _, _ = first_run
+    words = arguments(model, tmp_path / "out", learning_rate=1e30, optim="sgd", max_grad_norm=0)
+    run = run_deepspeed(2, REPOSITORY / "launch" / "train.py", words, extensions)
+    assert run.returncode not in (0, 2, 75)
+    assert "step 2: loss is nan; records of the batch: gsm8k/train:" in run.stdout + run.stderr
+    assert not (tmp_path / "out" / "adapter").exists()

@@ -124,7 +124,7 @@ def test_unknown_stage(stage):
 
 @pytest.mark.parametrize("config", [{}, {"zero_optimization": {}}])
 def test_no_zero_block_is_stage_0(config):
-    with pytest.raises(UserError, match="zero_optimization.stage is 0; use 1, 2 or 3"):
+    with pytest.raises(UserError, match=r"zero_optimization.stage is 0; use 1, 2 or 3"):
         zero_stage(config)
 
 

@@ -1,0 +1,77 @@
+"""The demo's data set: what the generator writes, correct, and without a prompt in two splits."""
+
+import json
+from collections import Counter
+
+import pytest
+
+from comol_ds.demo import TEST_FILE, TRAIN_FILE, VALIDATION_FILE
+from comol_ds.demo.tasks import SPLITS, TASKS, build, write
+from comol_ds.demo.world import COLORS, DAYS, MONTHS, NUMBERS
+
+FILES = {"train": TRAIN_FILE, "validation": VALIDATION_FILE, "test": TEST_FILE}
+
+
+@pytest.fixture(scope="module")
+def splits():
+    return {
+        name: [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        for name, path in FILES.items()
+    }
+
+
+def test_committed_files_are_the_generators_output(tmp_path):
+    write(tmp_path)
+    for path in FILES.values():
+        assert (tmp_path / path.name).read_bytes() == path.read_bytes()
+
+
+def test_another_seed_gives_other_records(splits):
+    assert build(seed=1)["test"] != splits["test"]
+
+
+def test_no_prompt_is_in_two_places(splits):
+    prompts = [record["prompt"] for records in splits.values() for record in records]
+    assert len(set(prompts)) == len(prompts) == sum(SPLITS.values()) * len(TASKS)
+
+
+def test_every_task_is_in_every_split_and_in_any_first_records(splits):
+    for name, records in splits.items():
+        assert Counter(record["task"] for record in records) == dict.fromkeys(TASKS, SPLITS[name])
+        assert {record["task"] for record in records[: len(TASKS)]} == set(TASKS)
+
+
+def test_records_are_small(splits):
+    assert sum(path.stat().st_size for path in FILES.values()) < 600_000
+    assert all(set(record) == {"prompt", "completion", "task"} for records in splits.values() for record in records)
+
+
+def solve(task: str, prompt: str) -> str:
+    """The answer, worked out from the prompt's text alone."""
+    asked, _, body = prompt.rstrip(".?").partition(": ")
+    words = body.split(", ")
+    if task == "sort":
+        return ", ".join(sorted(words))
+    if task == "reverse":
+        return ", ".join(reversed(words))
+    if task == "count":
+        return NUMBERS[words.count(asked.split()[-1])]
+    if task == "replace":
+        _, old, _, new = asked.split()
+        assert {old, new} <= set(COLORS)
+        return body.replace(old, new)
+    if task == "arithmetic":
+        _, _, start, *_, verb, change = prompt.partition(".")[0].split()
+        sign = {"buys": 1, "sells": -1}[verb]
+        return NUMBERS[NUMBERS.index(start) + sign * NUMBERS.index(change)]
+    cycle = DAYS if " day " in body else MONTHS
+    start, steps = cycle.index(asked.split()[-1]), next(NUMBERS.index(w) for w in body.split() if w in NUMBERS)
+    return cycle[(start + (-steps if body.endswith(" ago") else steps)) % len(cycle)]
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_completions_are_right(splits, task):
+    for records in splits.values():
+        for record in records:
+            if record["task"] == task:
+                assert record["completion"] == " " + solve(task, record["prompt"]), record
