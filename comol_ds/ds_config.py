@@ -22,12 +22,13 @@ _REFUSED_BLOCKS = {
 }
 
 # Top-level keys of DeepSpeed's JSON that a run honours. DeepSpeed itself ignores a misspelled one without a word.
-_KNOWN_KEYS = frozenset(
-    """train_batch_size train_micro_batch_size_per_gpu gradient_accumulation_steps gradient_clipping bf16
-    zero_optimization zero_allow_untested_optimizer zero_force_ds_cpu_optimizer data_types communication_data_type
-    prescale_gradients gradient_predivide_factor steps_per_print wall_clock_breakdown memory_breakdown dump_state
-    flops_profiler comms_logger tensorboard wandb csv_monitor comet aio checkpoint""".split()
-)
+_KNOWN_KEYS = (
+    "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping", "bf16",
+    "zero_optimization", "zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer", "data_types",
+    "communication_data_type", "prescale_gradients", "gradient_predivide_factor", "steps_per_print",
+    "wall_clock_breakdown", "memory_breakdown", "dump_state", "flops_profiler", "comms_logger", "tensorboard", "wandb",
+    "csv_monitor", "comet", "aio", "checkpoint",
+)  # fmt: skip
 
 
 def load_ds_json(path: str) -> dict[str, Any]:
@@ -63,8 +64,8 @@ def resolve_ds_config(template: dict[str, Any], config: RunConfig, batches: Batc
         bf16: the precision decided for this device.
 
     Raises:
-        UserError: an unknown key (the nearest is named), a refused block or ZeRO stage, a contradiction (both values named), an "auto"
-            nobody can fill.
+        UserError: an unknown key (the nearest is named), a refused block or ZeRO stage, a contradiction (both values
+            named), an "auto" that nobody can fill.
     """
     resolved = copy.deepcopy(template)
     _refuse_unknown_keys(resolved)

@@ -1,8 +1,12 @@
 """World size to batch arithmetic: micro x accumulation x data-parallel = global."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 from comol_ds.errors import UserError
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -19,6 +23,14 @@ class BatchLayout:
     @property
     def global_batch(self) -> int:
         return self.micro_batch * self.accumulation * self.data_parallel
+
+    def part(self, units: Sequence[T], number: int, rank: int) -> Sequence[T]:
+        """What one rank works on in micro-batch ``number`` (from 0) of a step, out of the step's global batch.
+
+        Neighbours go to the ranks of one micro-batch: of units sorted by length, the ranks then get equally long ones.
+        """
+        start = (number * self.data_parallel + rank) * self.micro_batch
+        return units[start : start + self.micro_batch]
 
     def __str__(self) -> str:
         return (

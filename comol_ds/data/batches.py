@@ -14,6 +14,7 @@ from datasets import Dataset
 from comol_ds.data.collate import packed_batch, padded_batch, prompt_batch
 from comol_ds.data.packing import pack
 from comol_ds.errors import UserError
+from comol_ds.layout import BatchLayout
 
 # Records of one pool that is sorted by length, in global batches. Wider pools pad less and shuffle less.
 GROUPING_POOL = 50
@@ -24,9 +25,8 @@ class TrainBatches:
 
     Args:
         dataset: columns of `tokenization.TOKEN_FEATURES`.
-        micro_batch_size: rows per rank and forward pass.
-        accumulation: micro-batches per optimizer step.
-        dp_rank, dp_world: this rank's place among the data-parallel ranks.
+        layout: how a global batch is spread over ranks and micro-batches.
+        dp_rank: this rank among the data-parallel ranks.
         seed: with the epoch, decides the order.
         packing: rows are bins of records up to max_length tokens. The forward needs use_cache=False (see packing.py).
         group_by_length: a global batch holds records of similar length.
@@ -45,10 +45,8 @@ class TrainBatches:
     def __init__(
         self,
         dataset: Dataset,
-        micro_batch_size: int,
-        accumulation: int,
+        layout: BatchLayout,
         dp_rank: int,
-        dp_world: int,
         seed: int,
         packing: bool,
         group_by_length: bool,
@@ -58,26 +56,22 @@ class TrainBatches:
         if packing and group_by_length:
             raise UserError("packing and group_by_length are both set; packed rows are equally long, drop one of them")
         self.dataset = dataset
-        self.micro_batch_size = micro_batch_size
-        self.accumulation = accumulation
+        self.layout = layout
         self.dp_rank = dp_rank
-        self.dp_world = dp_world
         self.seed = seed
         self.packing = packing
         self.group_by_length = group_by_length
         self.max_length = max_length
         self.pad_token_id = pad_token_id
         self.lengths = np.asarray(dataset["length"][:], dtype=np.int64)
-        self.global_batch_size = micro_batch_size * accumulation * dp_world
         # How many bins there are depends on the lengths alone, so every epoch has as many.
         self.units_per_epoch = len(pack(self.lengths, max_length)) if packing else len(dataset)
-        self.steps_per_epoch = self.units_per_epoch // self.global_batch_size
-        self.left_out_per_epoch = self.units_per_epoch % self.global_batch_size
+        self.steps_per_epoch = self.units_per_epoch // self.layout.global_batch
+        self.left_out_per_epoch = self.units_per_epoch % self.layout.global_batch
         if self.steps_per_epoch == 0:
             packed = f" in {self.units_per_epoch} packed rows" if packing else ""
             raise UserError(
-                f"{len(dataset)} training records{packed} do not fill one global batch of {self.global_batch_size} = "
-                f"{micro_batch_size} (micro-batch) x {accumulation} (accumulation) x {dp_world} (data-parallel ranks); "
+                f"{len(dataset)} training records{packed} do not fill one global batch ({layout}); "
                 "lower --global_batch_size or --per_device_train_batch_size, or give more data"
             )
 
@@ -88,16 +82,14 @@ class TrainBatches:
         """
         steps = self._step_units(epoch)
         for units in steps[start_step:]:
-            yield [self._micro_batch(units, number) for number in range(self.accumulation)]
+            yield [self._micro_batch(units, number) for number in range(self.layout.accumulation)]
 
     def locate(self, step: int) -> tuple[int, int]:
         """Epoch, and step in it, of the batch that follows `step` optimizer steps."""
         return divmod(step, self.steps_per_epoch)
 
     def _micro_batch(self, units: list[Sequence[int]], number: int) -> dict[str, Any]:
-        # Neighbours go to the ranks of one micro-batch: with group_by_length they then work equally long.
-        start = (number * self.dp_world + self.dp_rank) * self.micro_batch_size
-        mine = units[start : start + self.micro_batch_size]
+        mine = self.layout.part(units, number, self.dp_rank)
         if not self.packing:
             return padded_batch(_rows(self.dataset, [unit[0] for unit in mine]), self.pad_token_id)
         return packed_batch([_rows(self.dataset, unit) for unit in mine], self.pad_token_id)
@@ -112,16 +104,16 @@ class TrainBatches:
             units = [order[bins[number]].tolist() for number in rng.permutation(len(bins))]
         else:
             units = order[:, None].tolist()
-        kept = self.steps_per_epoch * self.global_batch_size
+        kept = self.steps_per_epoch * self.layout.global_batch
         if self.group_by_length:
             return self._grouped(order[:kept], rng)
-        return [units[i : i + self.global_batch_size] for i in range(0, kept, self.global_batch_size)]
+        return [units[i : i + self.layout.global_batch] for i in range(0, kept, self.layout.global_batch)]
 
     def _grouped(self, order: np.ndarray, rng: np.random.Generator) -> list[list[Sequence[int]]]:
-        pool_size = GROUPING_POOL * self.global_batch_size
+        pool_size = GROUPING_POOL * self.layout.global_batch
         pools = [order[i : i + pool_size] for i in range(0, len(order), pool_size)]
         by_length = np.concatenate([pool[np.argsort(-self.lengths[pool], kind="stable")] for pool in pools])
-        steps = by_length.reshape(self.steps_per_epoch, self.global_batch_size, 1)
+        steps = by_length.reshape(self.steps_per_epoch, self.layout.global_batch, 1)
         return steps[rng.permutation(self.steps_per_epoch)].tolist()
 
 

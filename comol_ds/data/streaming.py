@@ -14,6 +14,7 @@ from datasets import IterableDataset
 from comol_ds.data.collate import packed_batch, padded_batch
 from comol_ds.data.packing import pack
 from comol_ds.errors import UserError
+from comol_ds.layout import BatchLayout
 
 SHUFFLE_BUFFER = 5000  # records shuffled among each other
 PACKING_WINDOW = 2000  # records packed at a time
@@ -27,7 +28,7 @@ class StreamingBatches:
 
     Args:
         dataset: stream of `tokenization.TOKEN_FEATURES`.
-        micro_batch_size, accumulation, dp_rank, dp_world, seed, packing, max_length, pad_token_id: as in TrainBatches.
+        layout, dp_rank, seed, packing, max_length, pad_token_id: as in TrainBatches.
     """
 
     steps_per_epoch = None
@@ -35,24 +36,19 @@ class StreamingBatches:
     def __init__(
         self,
         dataset: IterableDataset,
-        micro_batch_size: int,
-        accumulation: int,
+        layout: BatchLayout,
         dp_rank: int,
-        dp_world: int,
         seed: int,
         packing: bool,
         max_length: int,
         pad_token_id: int,
     ):
         self.stream = dataset.shuffle(seed=seed, buffer_size=SHUFFLE_BUFFER)
-        self.micro_batch_size = micro_batch_size
-        self.accumulation = accumulation
+        self.layout = layout
         self.dp_rank = dp_rank
-        self.dp_world = dp_world
         self.packing = packing
         self.max_length = max_length
         self.pad_token_id = pad_token_id
-        self.global_batch_size = micro_batch_size * accumulation * dp_world
 
     def locate(self, step: int) -> tuple[int, int]:
         """All steps are of epoch 0."""
@@ -65,14 +61,13 @@ class StreamingBatches:
             UserError: the stream has no usable record.
         """
         assert epoch == 0, "a stream has one endless epoch"
-        units = islice(self._units(), start_step * self.global_batch_size, None)
+        units = islice(self._units(), start_step * self.layout.global_batch, None)
         while True:
-            step = list(islice(units, self.global_batch_size))
-            yield [self._micro_batch(step, number) for number in range(self.accumulation)]
+            step = list(islice(units, self.layout.global_batch))
+            yield [self._micro_batch(step, number) for number in range(self.layout.accumulation)]
 
     def _micro_batch(self, units: list[Sequence[dict]], number: int) -> dict[str, Any]:
-        start = (number * self.dp_world + self.dp_rank) * self.micro_batch_size
-        mine = units[start : start + self.micro_batch_size]
+        mine = self.layout.part(units, number, self.dp_rank)
         if self.packing:
             return packed_batch(mine, self.pad_token_id)
         return padded_batch([unit[0] for unit in mine], self.pad_token_id)

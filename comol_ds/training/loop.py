@@ -145,10 +145,8 @@ def train_batches(plan: RunPlan, data: PreparedData, pad_token_id: int) -> Train
     """This rank's share of every global batch."""
     settings = plan.config.data
     share = {
-        "micro_batch_size": plan.batches.micro_batch,
-        "accumulation": plan.batches.accumulation,
+        "layout": plan.batches,
         "dp_rank": plan.world.rank,
-        "dp_world": plan.world.size,
         "seed": plan.config.run.seed,
         "packing": settings.packing,
         "max_length": settings.max_length,

@@ -8,6 +8,7 @@ from comol_ds.data.batches import EvalBatches, TrainBatches, generation_batches
 from comol_ds.data.prepare import prepare_data
 from comol_ds.data.tokenization import IGNORED
 from comol_ds.errors import UserError
+from comol_ds.layout import BatchLayout
 from tests.data.data_helpers import real_data, settings, tiny_tokenizer
 
 PAD = 0
@@ -36,7 +37,7 @@ def records(count: int, longest: int = 40, tasks: int = 2) -> Dataset:
 
 def batches(data, micro=2, accumulation=1, rank=0, world=1, seed=5, **changes) -> TrainBatches:
     options = {"packing": False, "group_by_length": False, "max_length": 40, "pad_token_id": PAD} | changes
-    return TrainBatches(data, micro, accumulation, rank, world, seed, **options)
+    return TrainBatches(data, BatchLayout(world, micro, accumulation), rank, seed, **options)
 
 
 KINDS = pytest.mark.parametrize(
@@ -154,10 +155,12 @@ def test_not_one_global_batch_names_the_numbers():
     with pytest.raises(UserError) as error:
         batches(records(30), 4, 3, 0, 3)
     expected = (
-        "30 training records do not fill one global batch of 36 = 4 (micro-batch) x 3 (accumulation) x 3 (data-par"
+        "30 training records do not fill one global batch (4 micro x 3 accumulation x 3 data-parallel = 36 global)"
     )
     assert expected in str(error.value) and "lower --global_batch_size" in str(error.value)
-    with pytest.raises(UserError, match=r"30 training records in \d+ packed rows do not fill one global batch of 32"):
+    with pytest.raises(
+        UserError, match=r"30 training records in \d+ packed rows do not fill one global batch \(32 micro"
+    ):
         batches(records(30), 32, packing=True, max_length=64)
 
 

@@ -8,6 +8,7 @@ import torch
 from comol_ds.data.prepare import prepare_data
 from comol_ds.data.streaming import StreamingBatches
 from comol_ds.errors import UserError
+from comol_ds.layout import BatchLayout
 from tests.data.data_helpers import settings, sums, tiny_tokenizer, write_jsonl
 
 
@@ -18,7 +19,7 @@ def stream(tmp_path):
 
 
 def batches(stream, micro=2, accumulation=1, rank=0, world=1, packing=False):
-    return StreamingBatches(stream, micro, accumulation, rank, world, 5, packing, 128, 0)
+    return StreamingBatches(stream, BatchLayout(world, micro, accumulation), rank, 5, packing, 128, 0)
 
 
 def ids(steps):

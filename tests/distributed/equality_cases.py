@@ -18,6 +18,7 @@ class Case:
     checkpointing: str
     family: str = "llama"
     router: str = "core"
+    bf16: bool = False
 
     @property
     def name(self) -> str:
@@ -66,3 +67,6 @@ CASES = [
     *(Case("zero3", 1, "adamw_torch", "full", family) for family in ("qwen3", "mistral", "gemma3")),
     *(Case(ds_config, 1, "sgd", "none", router="input") for ds_config in ("zero2", "zero3")),
 ]
+
+# Bfloat16 cannot equal fp32; it has a test of its own.
+BF16_CASES = [Case(ds_config, 1, "adamw_torch", "none", bf16=True) for ds_config in ("zero2", "zero3")]

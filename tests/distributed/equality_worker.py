@@ -12,7 +12,7 @@ import torch
 REPOSITORY = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(REPOSITORY), str(Path(__file__).parent)]
 
-from equality_cases import CASES, GLOBAL_BATCH, STEPS, Case  # noqa: E402
+from equality_cases import BF16_CASES, CASES, GLOBAL_BATCH, STEPS, Case  # noqa: E402
 
 from comol_ds.ds_config import load_ds_json, resolve_ds_config  # noqa: E402
 from comol_ds.layout import plan_batches  # noqa: E402
@@ -32,8 +32,8 @@ def train(case: Case, models: str, world: groups.World) -> dict:
     config = dataclasses.replace(
         config, optimizer=dataclasses.replace(config.optimizer, per_device_train_batch_size=micro)
     )
-    ds_config = resolve_ds_config(load_ds_json(str(REPOSITORY / config.run.ds_config)), config, batches, bf16=False)
-    assembled = assemble(config, config.model.model_name_or_path, ds_config, STEPS, bf16=False)
+    ds_config = resolve_ds_config(load_ds_json(str(REPOSITORY / config.run.ds_config)), config, batches, case.bf16)
+    assembled = assemble(config, config.model.model_name_or_path, ds_config, STEPS, case.bf16)
     engine = assembled.engine
     engine.train()
     router_load = RouterLoad(engine.module)
@@ -54,7 +54,7 @@ def main() -> None:
     models, output = sys.argv[-2:]
     world = groups.read_world()
     groups.initialize(world, timeout_minutes=2)
-    for case in CASES:
+    for case in CASES + BF16_CASES:
         outcome = train(case, models, world)
         if world.rank == 0:
             torch.save(outcome, Path(output) / f"{case.name}.pt")

@@ -11,7 +11,7 @@ from torch.nn.utils import clip_grad_norm_
 from comol_ds.config import ModelSettings
 from comol_ds.parallel.assemble import attach_adapter, build_base, build_optimizer, build_schedule
 from comol_ds.parallel.zero_partition import adapter_state_dict
-from tests.distributed.equality_cases import CASES, GLOBAL_BATCH, STEPS, Case
+from tests.distributed.equality_cases import BF16_CASES, CASES, GLOBAL_BATCH, STEPS, Case
 from tests.distributed.launching import run_deepspeed
 from tests.tiny_models import FAMILIES, random_batch, save_tiny_model
 
@@ -70,3 +70,15 @@ def test_equals_one_process(case, two_ranks):
     assert found["weights"].keys() == expected["weights"].keys()
     worst = max(relative(found["weights"][name], expected["weights"][name]) for name in expected["weights"])
     assert worst <= TOLERANCE
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("case", BF16_CASES, ids=lambda case: case.name)
+def test_bf16_stays_near_fp32_and_saves_master_weights(case, two_ranks):
+    found = torch.load(two_ranks / f"{case.name}.pt")
+    expected = one_process(dataclasses.replace(case, ds_config="zero3", bf16=False), str(two_ranks))
+    # bfloat16 has 8 bits: 2^-8 = 0.4 % per rounding, and a loss averages over many tokens
+    assert found["losses"] == pytest.approx(expected["losses"], rel=2**-8)
+    down = next(tensor for name, tensor in found["weights"].items() if name.endswith("comol_A"))
+    assert down.dtype == torch.float32
+    assert not torch.equal(down, down.bfloat16().float()), "saved from the fp32 master copy, not the working copy"
