@@ -19,6 +19,7 @@ class Case:
     family: str = "llama"
     router: str = "core"
     bf16: bool = False
+    dropout: float = 0.0
 
     @property
     def name(self) -> str:
@@ -39,6 +40,7 @@ class Case:
                 target_modules=["all-linear"],
                 core_init="orthogonal",
                 router=self.router,
+                lora_dropout=self.dropout,
             ),
             optimizer=OptimizerSettings(
                 learning_rate=learning_rate,
@@ -70,3 +72,7 @@ CASES = [
 
 # Bfloat16 cannot equal fp32; it has a test of its own.
 BF16_CASES = [Case(ds_config, 1, "adamw_torch", "none", bf16=True) for ds_config in ("zero2", "zero3")]
+
+RESUME_CASES = [
+    Case(ds_config, 2, "adamw_torch", "none", dropout=0.1) for ds_config in ("zero1", "zero2", "zero3", "zero3_offload")
+]

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch.nn.utils import clip_grad_norm_
 
+from comol_ds.adapters.routing import Gates
 from comol_ds.config import ModelSettings
 from comol_ds.parallel.assemble import attach_adapter, build_base, build_optimizer, build_schedule
 from comol_ds.parallel.zero_partition import adapter_state_dict
@@ -27,9 +28,15 @@ def one_process(case: Case, models: str) -> dict:
     optimizer = build_optimizer(model, config.optimizer)
     schedule = build_schedule(optimizer, config.optimizer, STEPS)
     trainable = [p for p in model.parameters() if p.requires_grad]
-    losses, norms = [], []
+    losses, norms, gates = [], [], {}
+    for name, module in model.named_modules():
+        if isinstance(module, Gates):
+            gates[name.removeprefix("base_model.model.").removesuffix(".gates")] = collected = []
+            module.register_forward_hook(lambda _, __, p, collected=collected: collected.append(p.detach()))
+    valid = []
     for step in range(STEPS):
         batch = random_batch(GLOBAL_BATCH, seed=step)
+        valid.append(batch["attention_mask"].bool())
         logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
         loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten())
         loss.backward()
@@ -39,7 +46,8 @@ def one_process(case: Case, models: str) -> dict:
         schedule.step()
         optimizer.zero_grad()
     weights = adapter_state_dict(model, {n: p.detach() for n, p in model.named_parameters() if p.requires_grad})
-    return {"losses": losses, "norms": norms, "weights": weights}
+    load = {name: torch.stack(p)[torch.stack(valid)].double().mean(0).tolist() for name, p in gates.items()}
+    return {"losses": losses, "norms": norms, "weights": weights, "load": load}
 
 
 @pytest.fixture(scope="module")
@@ -70,6 +78,20 @@ def test_equals_one_process(case, two_ranks):
     assert found["weights"].keys() == expected["weights"].keys()
     worst = max(relative(found["weights"][name], expected["weights"][name]) for name in expected["weights"])
     assert worst <= TOLERANCE
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_router_load_counts_every_token_once(case, two_ranks):
+    """However the batch is split, and whether or not the layers are recomputed."""
+    found = torch.load(two_ranks / f"{case.name}.pt")["load"]
+    tokens = sum(int(random_batch(GLOBAL_BATCH, seed=step)["attention_mask"].sum()) for step in range(STEPS))
+    assert found["tokens"] == tokens
+    plain = dataclasses.replace(case, ds_config="zero3", accumulation=1, checkpointing="none")
+    expected = one_process(plain, str(two_ranks))["load"]
+    for layer, share in found["layers"].items():
+        assert share["mean_gate"] == pytest.approx(expected[layer], rel=TOLERANCE)
+        assert sum(share["argmax_share"]) == pytest.approx(1)
 
 
 @pytest.mark.distributed

@@ -1,16 +1,14 @@
 """One rank of the ZeRO-3 structure test: what is partitioned, and which collectives building and a step make.
 
-Usage: deepspeed zero3_worker.py MODEL OUTPUT_FOLDER
+Usage: deepspeed zero3_worker.py MODELS OUTPUT_FOLDER
 """
 
 import json
 import sys
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 
-REPOSITORY = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(REPOSITORY), str(Path(__file__).parent)]
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch.distributed as dist
 
@@ -31,17 +29,13 @@ def count_calls(name: str) -> None:
 for collective in CALLS:  # before DeepSpeed is imported: it keeps its own references
     count_calls(collective)
 
-from equality_cases import GLOBAL_BATCH, STEPS, Case
 from transformers.integrations import HfDeepSpeedConfig
 
-from comol_ds.ds_config import load_ds_json, resolve_ds_config
-from comol_ds.layout import plan_batches
 from comol_ds.parallel import groups
 from comol_ds.parallel.assemble import assemble, attach_adapter, build_base
-from comol_ds.parallel.device import device
 from comol_ds.training.router_load import RouterLoad
-from comol_ds.training.step import train_step
-from tests.tiny_models import random_batch, slice_batch
+from tests.distributed.case_runner import resolve_case, run_steps
+from tests.distributed.equality_cases import STEPS, Case
 
 
 @contextmanager
@@ -53,17 +47,14 @@ def counted():
 
 
 def main() -> None:
-    model_path, output = sys.argv[-2:]
+    models, output = sys.argv[-2:]
     world = groups.read_world()
     groups.initialize(world, timeout_minutes=2)
-    config = Case("zero3", 1, "adamw_torch", "none").run_config(str(Path(model_path).parent))
-    micro = GLOBAL_BATCH // world.size
-    config = replace(config, optimizer=replace(config.optimizer, per_device_train_batch_size=micro))
-    batches = plan_batches(world.size, micro, GLOBAL_BATCH)
-    ds_config = resolve_ds_config(load_ds_json(str(REPOSITORY / config.run.ds_config)), config, batches, bf16=False)
+    case = Case("zero3", 1, "adamw_torch", "none")
+    config, ds_config = resolve_case(case, models, world)
 
     hf_ds_config = HfDeepSpeedConfig(ds_config)
-    base = build_base(config.model, model_path, bf16=False)
+    base = build_base(config.model, config.model.model_name_or_path, bf16=False)
     shares = [(p.numel(), p.ds_tensor.numel() * world.size - p.ds_numel) for p in base.parameters()]
     with counted() as attaching:
         attach_adapter(base, config.adapter, config.run.seed, bf16=False)
@@ -72,13 +63,12 @@ def main() -> None:
     # a model of real size does not stay gathered between forward and backward; make this one behave so
     keep_nothing = ("stage3_max_live_parameters", "stage3_max_reuse_distance", "stage3_prefetch_bucket_size")
     ds_config["zero_optimization"] |= dict.fromkeys(keep_nothing, 0)
-    engine = assemble(config, model_path, ds_config, STEPS, bf16=False).engine
+    engine = assemble(config, config.model.model_name_or_path, ds_config, STEPS, bf16=False).engine
     engine.train()
     steps = []
     for step in range(3):
-        mine = slice_batch(random_batch(GLOBAL_BATCH, seed=step), slice(world.rank * micro, (world.rank + 1) * micro))
         with counted() as calls:
-            train_step(engine, [mine], RouterLoad(engine.module), world.size, device(), step + 1)
+            run_steps(engine, case, world, RouterLoad(engine.module), range(step, step + 1))
         steps.append(calls)
     if world.rank == 0:
         report = {"held_after_build": shares, "attaching": attaching, "steps": steps}

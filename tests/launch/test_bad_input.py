@@ -200,7 +200,7 @@ def test_prompts_that_fill_max_length(message, inputs):
 
 def test_fewer_records_than_one_global_batch(message):
     found = message("--global_batch_size", "64")
-    assert "38 training records do not fill one global batch of 64 = 8 (micro-batch) x 8" in found
+    assert "38 training records do not fill one global batch (8 micro x 8 accumulation x 1 data-parallel" in found
     assert "lower --global_batch_size" in found
 
 

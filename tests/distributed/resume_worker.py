@@ -1,0 +1,53 @@
+"""One rank of the resume test: every case trained through, and again in two halves with a checkpoint between them.
+
+Usage: deepspeed resume_worker.py MODELS OUTPUT_FOLDER
+"""
+
+import sys
+from dataclasses import astuple
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from comol_ds.parallel import groups
+from comol_ds.parallel.zero_partition import gather_adapter
+from comol_ds.training.checkpoint import RunIdentity, load_checkpoint, save_checkpoint
+from comol_ds.training.router_load import RouterLoad
+from tests.distributed.case_runner import build_case, run_steps
+from tests.distributed.equality_cases import RESUME_CASES, STEPS, Case
+
+HALF = STEPS // 2
+
+
+def train(case: Case, models: str, world: groups.World, checkpoints: Path, steps: range) -> dict:
+    """Steps of a case; those that do not start at 0 start from the checkpoint at their first one."""
+    assembled = build_case(case, models, world)
+    engine = assembled.engine
+    if steps.start:
+        load_checkpoint(engine, checkpoints / f"step_{steps.start}", world)
+    results = [astuple(result) for result in run_steps(engine, case, world, RouterLoad(engine.module), steps)]
+    identity = RunIdentity(world.size, 0, False, 8, 4, 7, case.optim, models, {}, {})
+    save_checkpoint(engine, checkpoints, steps.stop, identity, world, None)
+    outcome = {"results": results, "weights": gather_adapter(engine)}
+    engine.destroy()
+    return outcome
+
+
+def main() -> None:
+    models, output = sys.argv[-2:]
+    world = groups.read_world()
+    groups.initialize(world, timeout_minutes=2)
+    for case in RESUME_CASES:
+        through = train(case, models, world, Path(output) / f"{case.name}-through", range(STEPS))
+        halves = Path(output) / f"{case.name}-halves"
+        train(case, models, world, halves, range(HALF))
+        resumed = train(case, models, world, halves, range(HALF, STEPS))
+        if world.rank == 0:
+            torch.save({"through": through, "resumed": resumed}, Path(output) / f"{case.name}.pt")
+    groups.shut_down()
+
+
+if __name__ == "__main__":
+    main()
