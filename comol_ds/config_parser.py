@@ -30,7 +30,7 @@ def parse_run_config(argv: list[str], defaults: dict[str, Any] | None = None) ->
     Raises:
         UserError: unknown flag or YAML key (names the nearest), a value of the wrong type or out of range.
     """
-    parser = _Parser(GROUPS, prog="train.py", allow_abbrev=False, description=_DESCRIPTION)
+    parser = _Parser(GROUPS, usage=_USAGE, allow_abbrev=False, description=_DESCRIPTION)
     known = {action.dest for action in parser._actions} - {"help", "local_rank"}  # what a user may set
     command_line, unknown = parser.parse_known_args(argv)
     for word in unknown:
@@ -47,6 +47,7 @@ def parse_run_config(argv: list[str], defaults: dict[str, Any] | None = None) ->
     return config
 
 
+_USAGE = "deepspeed launch/train.py --ds_config DS_CONFIG [flags]"
 _DESCRIPTION = (
     "Fine-tune a causal language model with CoMoL adapters under DeepSpeed ZeRO. "
     "Without --model_name_or_path and --dataset it trains the embedded demonstration."
