@@ -20,6 +20,7 @@ class Case:
     router: str = "core"
     bf16: bool = False
     dropout: float = 0.0
+    train_head: bool = False
 
     @property
     def name(self) -> str:
@@ -41,6 +42,7 @@ class Case:
                 core_init="orthogonal",
                 router=self.router,
                 lora_dropout=self.dropout,
+                modules_to_save=["lm_head"] if self.train_head else None,
             ),
             optimizer=OptimizerSettings(
                 learning_rate=learning_rate,
@@ -68,6 +70,7 @@ CASES = [
     Case("zero3_offload", 4, "sgd", "full"),
     *(Case("zero3", 1, "adamw_torch", "full", family) for family in ("qwen3", "mistral", "gemma3")),
     *(Case(ds_config, 1, "sgd", "none", router="input") for ds_config in ("zero2", "zero3")),
+    Case("zero3", 1, "sgd", "none", train_head=True),
 ]
 
 # Bfloat16 cannot equal fp32; it has a test of its own.
