@@ -9,6 +9,7 @@ from comol_ds.demo import TEST_FILE, TRAIN_FILE, VALIDATION_FILE
 from comol_ds.demo.tasks import SPLITS, TASKS, build, write
 from comol_ds.demo.world import COLORS, DAYS, MONTHS, NUMBERS
 
+DIGITS = tuple(str(number) for number in range(100))
 FILES = {"train": TRAIN_FILE, "validation": VALIDATION_FILE, "test": TEST_FILE}
 
 
@@ -54,16 +55,17 @@ def solve(task: str, prompt: str) -> str:
         return ", ".join(sorted(words))
     if task == "reverse":
         return ", ".join(reversed(words))
-    if task == "count":
-        return NUMBERS[words.count(asked.split()[-1])]
     if task == "replace":
         _, old, _, new = asked.split()
         assert {old, new} <= set(COLORS)
         return body.replace(old, new)
     if task == "arithmetic":
-        _, _, start, *_, verb, change = prompt.partition(".")[0].split()
-        sign = {"buys": 1, "sells": -1}[verb]
-        return NUMBERS[NUMBERS.index(start) + sign * NUMBERS.index(change)]
+        start, change = (NUMBERS.index(word) for word in prompt.replace(".", "").split() if word in NUMBERS)
+        return NUMBERS[start + change if " found " in prompt else start - change]
+    if task == "continue":
+        cycle = next(c for c in (NUMBERS, DAYS, MONTHS, DIGITS) if words[0] in c)
+        last, step = cycle.index(words[-1]), cycle.index(words[1]) - cycle.index(words[0])
+        return f"{cycle[last + step]}, {cycle[last + 2 * step]}"
     cycle = DAYS if " day " in body else MONTHS
     start, steps = cycle.index(asked.split()[-1]), next(NUMBERS.index(w) for w in body.split() if w in NUMBERS)
     return cycle[(start + (-steps if body.endswith(" ago") else steps)) % len(cycle)]

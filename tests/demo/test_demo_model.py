@@ -53,12 +53,11 @@ def test_special_tokens_are_distinct_and_agree(tokenizer, model):
 
 def test_tokenizer_round_trips_every_record(tokenizer, records):
     for record in records:
-        prompt = tokenizer(record["prompt"])["input_ids"]
-        completion = tokenizer(record["completion"], add_special_tokens=False)["input_ids"]
-        assert prompt[0] == tokenizer.bos_token_id and tokenizer.unk_token_id not in prompt + completion
+        prompt, completion = (tokenizer(record[part])["input_ids"] for part in ("prompt", "completion"))
         text = record["prompt"] + record["completion"]
         assert prompt + completion == tokenizer(text)["input_ids"]
-        assert tokenizer.decode(prompt + completion, skip_special_tokens=True) == text
+        assert tokenizer.unk_token_id not in prompt + completion
+        assert tokenizer.decode(prompt + completion) == text
         assert len(prompt) + len(completion) < DEFAULTS["max_length"]
         assert len(completion) < DEFAULTS["max_new_tokens"]
 
@@ -76,7 +75,7 @@ def test_digits_stand_alone(tokenizer):
 
 def test_base_knows_the_text_of_its_world(tokenizer, model):
     perplexity = math.exp(held_out_loss(model, tokenizer, count=100))
-    assert perplexity < 3.6  # an untrained model: 1024
+    assert perplexity < 2.4  # it was 2.28 after pretraining; an untrained model has 1024
 
 
 def test_stories_are_deterministic_and_differ_by_seed():
@@ -86,9 +85,10 @@ def test_stories_are_deterministic_and_differ_by_seed():
 
 
 def test_stories_never_use_the_tasks_wording(records):
+    wording = ("How many were", "Sort these words", "Reverse this list", "Replace ", " asks ", "Which two come next")
+    assert all(any(phrase in record["prompt"] for phrase in wording) for record in records)
     text = " ".join(itertools.islice(stories(TRAIN_SEED), 5000))
-    openings = {" ".join(record["prompt"].split()[:2]) for record in records}
-    assert not [opening for opening in openings if opening in text]
+    assert not [phrase for phrase in wording if phrase in text]
 
 
 def test_base_has_not_learned_the_tasks(tokenizer, model):
