@@ -10,7 +10,7 @@ import time
 from comol_ds import demo
 from comol_ds.config_parser import parse_run_config
 from comol_ds.errors import UserError
-from comol_ds.parallel.groups import World, read_world
+from comol_ds.parallel.groups import World, exit_process, read_world
 
 EXIT_BAD_INPUT = 2
 
@@ -44,4 +44,4 @@ def tell(error: UserError, world: World | None) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    exit_process(main(sys.argv[1:]))

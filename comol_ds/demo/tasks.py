@@ -1,7 +1,8 @@
 """The multi-task data set of the demo: six tasks over the words of the small world, deterministic from a seed.
 
 `python -m comol_ds.demo.tasks` writes data/train.jsonl, data/validation.jsonl and data/test.jsonl, records of
-{"prompt", "completion", "task"}. No prompt appears in two splits.
+{"prompt", "completion", "task"}. No prompt appears in two splits; the facts behind the prompts do: thirteen is the
+answer for whoever had seven and found six more.
 """
 
 import json

@@ -167,9 +167,11 @@ def test_starts_from_slurm_variables(first_run, tmp_path, extensions):
     finally:
         for rank in ranks:
             rank.kill()
-        for leftover in Path("/dev/shm").glob(f"deepspeed_*_{port}_*"):
+        leftovers = list(Path("/dev/shm").glob(f"deepspeed_*_{port}_*"))
+        for leftover in leftovers:
             leftover.unlink(missing_ok=True)
     assert [rank.returncode for rank in ranks] == [0, 0], printed[0][-3000:]
+    assert leftovers == [], "every rank deletes its own shared-memory files"
     assert "2 micro x 2 accumulation x 2 data-parallel = 8 global" in printed[0]
     assert "data-parallel" not in printed[1]
 

@@ -16,6 +16,7 @@ from peft import get_peft_model  # noqa: E402
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments  # noqa: E402
 
 from comol_ds import CoMoLConfig  # noqa: E402
+from comol_ds.parallel.groups import exit_process  # noqa: E402
 from tests.tiny_models import random_batch  # noqa: E402
 
 
@@ -51,3 +52,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
+    exit_process(0)
