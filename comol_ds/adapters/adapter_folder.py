@@ -11,6 +11,7 @@ import shutil
 from collections import defaultdict
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft.config import PeftConfig
@@ -100,6 +101,19 @@ def read_config(folder: str | os.PathLike) -> CoMoLConfig:
     Raises:
         UserError: the file is missing, is not JSON, is of another type, or holds values out of range.
     """
+    read_config_values(folder, "COMOL")
+    try:
+        return PeftConfig.from_pretrained(str(folder))
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{Path(folder) / CONFIG_FILE}: {_one_line(error)}") from error
+
+
+def read_config_values(folder: str | os.PathLike, peft_type: str) -> dict[str, Any]:
+    """The values of an adapter_config.json as they are written.
+
+    Raises:
+        UserError: the file is missing, is not JSON, or is of another type than `peft_type`.
+    """
     path = Path(folder) / CONFIG_FILE
     if not path.is_file():
         raise UserError(f"{folder} is not an adapter folder: {CONFIG_FILE} is missing")
@@ -107,13 +121,10 @@ def read_config(folder: str | os.PathLike) -> CoMoLConfig:
         values = json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read: {_one_line(error)}") from error
-    peft_type = values.get("peft_type") if isinstance(values, dict) else None
-    if peft_type != "COMOL":
-        raise UserError(f"{path} has peft_type {peft_type!r}, expected 'COMOL'")
-    try:
-        return PeftConfig.from_pretrained(str(folder))
-    except (TypeError, ValueError) as error:
-        raise UserError(f"{path}: {_one_line(error)}") from error
+    found = values.get("peft_type") if isinstance(values, dict) else None
+    if found != peft_type:
+        raise UserError(f"{path} has peft_type {found!r}, expected {peft_type!r}")
+    return values
 
 
 def verify_tensors(tensors: dict[str, torch.Tensor], config: CoMoLConfig) -> None:

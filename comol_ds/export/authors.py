@@ -6,7 +6,6 @@ expert e, and lora_router.weight [E, R] (core_router) or [E, I]. Their forward m
 from the right, as ours does, so cores are stacked as they are, without a transpose.
 """
 
-import json
 import os
 import pickle
 import re
@@ -16,7 +15,7 @@ from typing import Any
 
 import torch
 
-from comol_ds.adapters.adapter_folder import CONFIG_FILE, KEY_PREFIX, write_adapter
+from comol_ds.adapters.adapter_folder import CONFIG_FILE, KEY_PREFIX, read_config_values, write_adapter
 from comol_ds.adapters.config import CoMoLConfig, check_positive_int
 from comol_ds.errors import UserError
 
@@ -108,16 +107,8 @@ def _endings(tensors: dict[str, torch.Tensor]) -> list[str]:
 
 
 def _read_config(source: Path) -> dict[str, Any]:
+    values = read_config_values(source, AUTHORS_PEFT_TYPE)
     path = source / CONFIG_FILE
-    if not path.is_file():
-        raise UserError(f"{source} is not an adapter folder: {CONFIG_FILE} is missing")
-    try:
-        values = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read: {' '.join(str(error).split())}") from error
-    peft_type = values.get("peft_type") if isinstance(values, dict) else None
-    if peft_type != AUTHORS_PEFT_TYPE:
-        raise UserError(f"{path} has peft_type {peft_type!r}, expected {AUTHORS_PEFT_TYPE!r}")
     missing = [name for name in ("lora_rank", "lora_alpha", "num_experts", "core_router") if name not in values]
     if missing:
         raise UserError(f"{path} lacks {', '.join(missing)}")
