@@ -10,7 +10,7 @@ import yaml
 from transformers import HfArgumentParser
 
 from comol_ds.config import GROUPS, RunConfig
-from comol_ds.errors import UserError
+from comol_ds.errors import UserError, one_line
 
 
 class _Parser(HfArgumentParser):
@@ -73,7 +73,7 @@ def _read_yaml(path: str, known: set[str]) -> dict[str, Any]:
     try:
         values = yaml.safe_load(text) or {}
     except yaml.YAMLError as error:
-        raise UserError(f"--config {path} is not valid YAML, repair it: {' '.join(str(error).split())}") from error
+        raise UserError(f"--config {path} is not valid YAML, repair it: {one_line(error)}") from error
     if not isinstance(values, dict):
         raise UserError(f"--config {path} must hold 'flag: value' lines, found a {type(values).__name__}")
     for name, value in values.items():

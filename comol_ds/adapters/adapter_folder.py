@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from comol_ds.adapters.comol_layer import comol_table
 from comol_ds.adapters.config import CoMoLConfig
 from comol_ds.adapters.table import infer_sizes, parameter_names
-from comol_ds.errors import UserError
+from comol_ds.errors import UserError, one_line
 
 CONFIG_FILE = "adapter_config.json"
 TENSOR_FILE = "adapter_model.safetensors"
@@ -82,17 +82,12 @@ def read_adapter(folder: str | os.PathLike) -> tuple[CoMoLConfig, dict[str, torc
     try:
         tensors = load_file(path)
     except (SafetensorError, OSError) as error:
-        raise UserError(f"{path} cannot be read: {_one_line(error)}") from error
+        raise UserError(f"{path} cannot be read: {one_line(error)}") from error
     try:
         verify_tensors(tensors, config)
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
     return config, tensors
-
-
-def verify_adapter(folder: str | os.PathLike) -> None:
-    """Raise UserError unless read_adapter accepts the folder."""
-    read_adapter(folder)
 
 
 def read_config(folder: str | os.PathLike) -> CoMoLConfig:
@@ -105,7 +100,7 @@ def read_config(folder: str | os.PathLike) -> CoMoLConfig:
     try:
         return PeftConfig.from_pretrained(str(folder))
     except (TypeError, ValueError) as error:
-        raise UserError(f"{Path(folder) / CONFIG_FILE}: {_one_line(error)}") from error
+        raise UserError(f"{Path(folder) / CONFIG_FILE}: {one_line(error)}") from error
 
 
 def read_config_values(folder: str | os.PathLike, peft_type: str) -> dict[str, Any]:
@@ -120,7 +115,7 @@ def read_config_values(folder: str | os.PathLike, peft_type: str) -> dict[str, A
     try:
         values = json.loads(path.read_text())
     except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read: {_one_line(error)}") from error
+        raise UserError(f"{path} cannot be read: {one_line(error)}") from error
     found = values.get("peft_type") if isinstance(values, dict) else None
     if found != peft_type:
         raise UserError(f"{path} has peft_type {found!r}, expected {peft_type!r}")
@@ -199,7 +194,3 @@ def _sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())

@@ -16,7 +16,7 @@ import pyarrow
 from pyarrow import parquet
 
 from comol_ds.data.formats import detect_format, to_text
-from comol_ds.errors import UserError
+from comol_ds.errors import UserError, one_line
 
 SUFFIXES = (".json", ".jsonl", ".parquet")
 # How file names spell the splits; a folder is read by these words.
@@ -182,7 +182,7 @@ def _load_hub(entry: str, split: str, streaming: bool) -> datasets.Dataset | dat
     try:
         return datasets.load_dataset(name, config or None, split=split, streaming=streaming)
     except Exception as error:  # what the hub client raises has no common base
-        reason = " ".join(str(error).split())[:200]
+        reason = one_line(error, limit=200)
         raise UserError(
             f"data set {entry!r}: neither a file here nor loadable from the hub, split {split!r} ({reason}); "
             "check the name (owner/name or owner/name:config), the network, or give a local file"

@@ -13,7 +13,7 @@ from typing import Any
 import datasets
 from transformers import PreTrainedTokenizerBase
 
-from comol_ds.errors import UserError
+from comol_ds.errors import UserError, one_line
 
 IGNORED = -100  # the label without loss, as torch.nn.functional.cross_entropy and transformers have it
 
@@ -165,7 +165,7 @@ class RecordTokenizer:
                 turns, tokenize=False, add_generation_prompt=add_generation_prompt
             )
         except Exception as error:  # a template may raise anything
-            reason = " ".join(str(error).split())[:200]
+            reason = one_line(error, limit=200)
             raise UserError(
                 f"{record_id}: the chat template of {self.tokenizer.name_or_path!r} refuses this record ({reason}); "
                 "change its turns or drop it"

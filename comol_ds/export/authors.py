@@ -17,7 +17,7 @@ import torch
 
 from comol_ds.adapters.adapter_folder import CONFIG_FILE, KEY_PREFIX, read_config_values, write_adapter
 from comol_ds.adapters.config import CoMoLConfig, check_positive_int
-from comol_ds.errors import UserError
+from comol_ds.errors import UserError, one_line
 
 AUTHORS_PEFT_TYPE = "MoCoreLORA"
 AUTHORS_TENSOR_FILE = "adapter_model.bin"
@@ -126,7 +126,7 @@ def _read_tensors(source: Path) -> dict[str, torch.Tensor]:
     except pickle.UnpicklingError as error:
         raise UserError(f"{path} holds more than tensors, or is no pickle, and was not loaded") from error
     except (OSError, RuntimeError, EOFError) as error:
-        raise UserError(f"{path} cannot be read: {' '.join(str(error).split())}") from error
+        raise UserError(f"{path} cannot be read: {one_line(error)}") from error
     if not isinstance(tensors, dict) or not tensors:
         raise UserError(f"{path} holds no tensors")
     return tensors

@@ -15,7 +15,7 @@ from transformers.integrations import HfDeepSpeedConfig
 from comol_ds.adapters.config import CoMoLConfig
 from comol_ds.config import AdapterSettings, ModelSettings, OptimizerSettings, RunConfig
 from comol_ds.ds_config import zero_stage
-from comol_ds.errors import UserError
+from comol_ds.errors import UserError, one_line
 
 
 @dataclass
@@ -28,7 +28,6 @@ class Assembled:
 
     engine: deepspeed.DeepSpeedEngine
     hf_ds_config: HfDeepSpeedConfig | None
-    total_steps: int
 
 
 def assemble(config: RunConfig, model_path: str, ds_config: dict[str, Any], total_steps: int, bf16: bool) -> Assembled:
@@ -60,7 +59,7 @@ def assemble(config: RunConfig, model_path: str, ds_config: dict[str, Any], tota
     )
     # from here on every rank draws its own dropout masks
     torch.manual_seed(config.run.seed + dist.get_rank())
-    return Assembled(engine, hf_ds_config, total_steps)
+    return Assembled(engine, hf_ds_config)
 
 
 def build_base(settings: ModelSettings, model_path: str, bf16: bool) -> PreTrainedModel:
@@ -75,7 +74,7 @@ def build_base(settings: ModelSettings, model_path: str, bf16: bool) -> PreTrain
             model_path, dtype=dtype, attn_implementation=settings.attn_implementation
         )
     except (OSError, ValueError, ImportError, SafetensorError) as error:
-        reason = " ".join(str(error).split())[:300]
+        reason = one_line(error, limit=300)
         raise UserError(f"--model_name_or_path {model_path} cannot be loaded: {reason}") from error
 
 

@@ -35,6 +35,7 @@ class Run:
     data: PreparedData
     batches: TrainBatches | StreamingBatches
     assembled: Assembled
+    total_steps: int
     router_load: RouterLoad
     metrics: Metrics
     evaluations: list[Evaluation] = field(default_factory=list)
@@ -70,7 +71,7 @@ def run(config: RunConfig, world: groups.World) -> None:
         if config.run.eval_on_start and plan.start_step == 0:
             evaluate_now(state, step=0)
         train(state)
-        evaluate_now(state, step=state.assembled.total_steps)
+        evaluate_now(state, step=state.total_steps)
         write_final_adapter(state)
         say(plan, *result_lines(plan, state.evaluations))
     finally:
@@ -88,7 +89,7 @@ def set_up(plan: RunPlan) -> Run:
     say(plan, data.report.summary())
     batches = train_batches(plan, data, tokenizer.pad_token_id)
     steps = total_steps(config.optimizer, batches.steps_per_epoch)
-    assembled = assemble(config, config.model.model_name_or_path, plan.ds_config, steps, plan.bf16)
+    assembled = assemble(config, config.model.model_name_or_path, plan.ds_config, steps, config.model.bf16)
     if plan.checkpoint is not None:
         load_checkpoint(assembled.engine, plan.checkpoint, world)
         nothing_left = ", no step left to train" if plan.start_step >= steps else ""
@@ -96,7 +97,8 @@ def set_up(plan: RunPlan) -> Run:
     elif config.run.resume_from_checkpoint:
         say(plan, f"no checkpoint in {plan.folder.checkpoints} yet: starting from step 0")
     groups.together("prepare the run folder", lambda: prepare_folder(plan))
-    return Run(plan, tokenizer, data, batches, assembled, RouterLoad(assembled.engine.module), Metrics(plan))
+    router_load = RouterLoad(assembled.engine.module)
+    return Run(plan, tokenizer, data, batches, assembled, steps, router_load, Metrics(plan))
 
 
 def prepare_folder(plan: RunPlan) -> None:
@@ -107,7 +109,7 @@ def prepare_folder(plan: RunPlan) -> None:
 
 def train(state: Run) -> None:
     """Optimizer steps from the plan's start to the end, with logging, evaluation and checkpoints on the way."""
-    plan, settings, last = state.plan, state.plan.config.run, state.assembled.total_steps
+    plan, settings, last = state.plan, state.plan.config.run, state.total_steps
     where = device()
     progress = tqdm(total=last, initial=plan.start_step, disable=not state.is_main, unit="step")
     for step, micro_batches in steps_from(state.batches, plan.start_step, last):

@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from comol_ds.config import OptimizerSettings, RunConfig
 from comol_ds.ds_config import load_ds_json, resolve_ds_config, zero_stage
-from comol_ds.errors import UserError
+from comol_ds.errors import UserError, one_line
 from comol_ds.layout import BatchLayout, plan_batches
 from comol_ds.parallel.assemble import attach_adapter, build_schedule
 from comol_ds.parallel.device import prefers_bf16, supports_bf16
@@ -23,13 +23,12 @@ from comol_ds.training.run_folder import RunFolder
 
 @dataclass(frozen=True)
 class RunPlan:
-    """The resolved run of one rank."""
+    """The resolved run of one rank; precision and batch sizes are decided in ``config``."""
 
     config: RunConfig
     world: World
     batches: BatchLayout
     ds_config: dict[str, Any]
-    bf16: bool
     folder: RunFolder
     checkpoint: Path | None
     passed_over: list[str]
@@ -73,7 +72,6 @@ def plan_run(config: RunConfig, world: World) -> RunPlan:
         world,
         batches,
         ds_config,
-        bf16,
         folder,
         checkpoint,
         passed_over,
@@ -190,7 +188,7 @@ def preview_parameters(config: RunConfig) -> tuple[int, int]:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(model_config)
     except (OSError, ValueError, ImportError) as error:
-        reason = " ".join(str(error).split())[:300]
+        reason = one_line(error, limit=300)
         raise UserError(f"--model_name_or_path {path} cannot be read: {reason}") from error
     _check_modules_to_save(model, config.adapter.modules_to_save)
     with torch.device("meta"):
@@ -217,7 +215,7 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError, ImportError) as error:
-        reason = " ".join(str(error).split())[:300]
+        reason = one_line(error, limit=300)
         raise UserError(
             f"tokenizer of --model_name_or_path {path} cannot be loaded, copy its files (tokenizer.json or"
             f" tokenizer.model, tokenizer_config.json) there: {reason}"
