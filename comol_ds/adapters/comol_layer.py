@@ -6,6 +6,7 @@ Glossary: N tokens, I in_features, O out_features, R rank, E experts, D dropout,
 R of the equation is `comol_router`, the stack of the C_e is `comol_cores`.
 """
 
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
@@ -15,8 +16,8 @@ from torch import nn
 
 from comol_ds.adapters.initializers import CORE_INITIALIZERS, kaiming_uniform_fan_in
 from comol_ds.adapters.mixing import mix_cores
-from comol_ds.adapters.routing import Gates, PartialSums
-from comol_ds.adapters.table import AdapterParameter, AxisSizes, parameter_names
+from comol_ds.adapters.routing import Gates, InputDropout, PartialSums, Routed
+from comol_ds.adapters.table import AdapterParameter, AxisSizes, Table, parameter_names
 from comol_ds.errors import UserError
 
 NO_MERGE = (
@@ -51,12 +52,21 @@ class CoMoLLinear(nn.Module, BaseTunerLayer):
 
     Attributes:
         gates: parameterless module whose output is p [..., E]; hook it to watch the router.
-        partial_sums: seam (h, logits) -> (h, logits) before routing, for a row-parallel base.
-        core_output: seam o -> o between the mixture and B, for a column-parallel base.
+        partial_sums: seam before routing, for a row-parallel base.
+        input_dropout: seam for dropout on x, for a row-parallel base.
+        tables: adapter name -> its parameter table.
     """
 
     adapter_layer_names: ClassVar[tuple[str, ...]] = parameter_names(comol_table())
-    other_param_names: ClassVar[tuple[str, ...]] = ("r", "num_experts", "scaling", "router", "paper_dropout", "dropout")
+    other_param_names: ClassVar[tuple[str, ...]] = (
+        "r",
+        "num_experts",
+        "scaling",
+        "router",
+        "paper_dropout",
+        "dropout",
+        "tables",
+    )
 
     def __init__(self, base_layer: nn.Linear) -> None:
         super().__init__()
@@ -69,12 +79,13 @@ class CoMoLLinear(nn.Module, BaseTunerLayer):
         self.dropout = nn.ModuleDict()
         self.gates = Gates()
         self.partial_sums = PartialSums()
-        self.core_output = nn.Identity()
+        self.input_dropout = InputDropout()
         self.r: dict[str, int] = {}
         self.num_experts: dict[str, int] = {}
         self.scaling: dict[str, float] = {}
         self.router: dict[str, str] = {}
         self.paper_dropout: dict[str, bool] = {}
+        self.tables: dict[str, Table] = {}
         self._disable_adapters = False
         self.merged_adapters = []
 
@@ -93,8 +104,8 @@ class CoMoLLinear(nn.Module, BaseTunerLayer):
     ) -> None:
         """Create an adapter of this name, or replace it. Arguments as in CoMoLConfig.
 
-        Parameters are created in fp32 (float64 beside a float64 base), drawn on the CPU in the table's order so that a
-        seed gives the same adapter on every device, and moved to the base weight's device; on meta nothing is drawn.
+        Parameters are created in fp32 (float64 beside a float64 base) on the base weight's device and drawn by
+        `draw_parameters`; on meta they are only declared.
         """
         self.r[adapter_name] = r
         self.num_experts[adapter_name] = num_experts
@@ -102,16 +113,38 @@ class CoMoLLinear(nn.Module, BaseTunerLayer):
         self.router[adapter_name] = router
         self.paper_dropout[adapter_name] = dropout_scheme == "paper" and lora_dropout > 0
         self.dropout[adapter_name] = nn.Dropout(lora_dropout) if lora_dropout > 0 else nn.Identity()
+        self.tables[adapter_name] = comol_table(router, core_init, init_adapter_weights)
         device, base_dtype = self._get_base_layer_device_and_dtype(self.base_layer)
         dtype = torch.float64 if base_dtype == torch.float64 else torch.float32
         sizes = AxisSizes(self.in_features, self.out_features, r, num_experts)
-        for parameter in comol_table(router, core_init, init_adapter_weights):
-            where = "meta" if device.type == "meta" else "cpu"
-            tensor = torch.empty(parameter.shape(sizes), dtype=dtype, device=where)
-            if where != "meta":
-                parameter.initialize(tensor)
-            getattr(self, parameter.name)[adapter_name] = nn.Parameter(tensor.to(device))
+        for parameter in self.tables[adapter_name]:
+            tensor = torch.empty(parameter.shape(sizes), dtype=dtype, device=device)
+            getattr(self, parameter.name)[adapter_name] = nn.Parameter(tensor)
+        if device.type != "meta":
+            self.draw_parameters(adapter_name, device)
         self.set_adapter(self.active_adapters)
+
+    def draw_parameters(
+        self,
+        adapter_name: str,
+        device: torch.device,
+        keep: Callable[[AdapterParameter, torch.Tensor], torch.Tensor] = lambda parameter, whole: whole,
+    ) -> None:
+        """Draw the initial values, one whole tensor after the other in the table's order.
+
+        Always on the CPU and always whole: a seed gives the same adapter on every device and however it is sharded.
+
+        Args:
+            adapter_name: an adapter that `add_adapter` declared.
+            device: where the parameters go.
+            keep: what to keep of each whole tensor.
+        """
+        for parameter in self.tables[adapter_name]:
+            declared = getattr(self, parameter.name)[adapter_name]
+            whole = torch.empty(declared.shape, dtype=declared.dtype, device="cpu")
+            parameter.initialize(whole)
+            kept = nn.Parameter(keep(parameter, whole).to(device), requires_grad=declared.requires_grad)
+            getattr(self, parameter.name)[adapter_name] = kept
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         """Move, but keep the dtype: PEFT's own version would round fresh fp32 adapters to a bf16 base's dtype."""
@@ -124,30 +157,30 @@ class CoMoLLinear(nn.Module, BaseTunerLayer):
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """x [..., I] -> [..., O] in the base's output dtype; the active adapters' updates add up."""
         y = self.base_layer(x, *args, **kwargs)
-        if self.disable_adapters:
-            return y
-        for adapter_name in self.active_adapters:
-            if adapter_name in self.comol_A:
-                y = y + self.update(x, adapter_name).to(y.dtype)
+        active = [] if self.disable_adapters else [name for name in self.active_adapters if name in self.comol_A]
+        y, routed = self.partial_sums(y, [self._down(x, name) for name in active])
+        for adapter_name, (h, logits) in zip(active, routed, strict=True):
+            y = y + self._up(h, logits, adapter_name).to(y.dtype)
         return y
 
     def update(self, x: torch.Tensor, adapter_name: str) -> torch.Tensor:
-        """The adapter path alone: x [..., I] -> s * (h sum_e p_e C_e) B^T, [..., O]."""
-        down, up = self.comol_A[adapter_name], self.comol_B[adapter_name]
-        x = self._cast_input_dtype(x, down.dtype)
-        h, p = self._route(x, adapter_name)
-        o = self._mix(h, p, adapter_name)
-        return F.linear(self.core_output(o), up)
+        """The adapter path alone, unsharded: x [..., I] -> s * (h sum_e p_e C_e) B^T, [..., O]."""
+        return self._up(*self._down(x, adapter_name), adapter_name)
 
-    def _route(self, x: torch.Tensor, adapter_name: str) -> tuple[torch.Tensor, torch.Tensor]:
-        """x [..., I] -> h [..., R], p [..., E] of one dtype."""
-        router = self.comol_router[adapter_name]
+    def _down(self, x: torch.Tensor, adapter_name: str) -> Routed:
+        """x [..., I] -> h [..., R], and the logits [..., E] if they are formed from x."""
+        down = self.comol_A[adapter_name]
+        x = self._cast_input_dtype(x, down.dtype)
+        h = F.linear(self.input_dropout(x, self.dropout[adapter_name]), down)
         routes_on_x = self.router[adapter_name] == "input"
-        h = F.linear(self.dropout[adapter_name](x), self.comol_A[adapter_name])
-        h, logits = self.partial_sums(h, F.linear(x, router) if routes_on_x else None)
-        if not routes_on_x:
-            logits = F.linear(h, router)
-        return h, self.gates(logits, h.dtype)
+        return h, F.linear(x, self.comol_router[adapter_name]) if routes_on_x else None
+
+    def _up(self, h: torch.Tensor, logits: torch.Tensor | None, adapter_name: str) -> torch.Tensor:
+        """Whole h [..., R] and logits [..., E] -> s * (h sum_e p_e C_e) B^T, [..., O]."""
+        if logits is None:
+            logits = F.linear(h, self.comol_router[adapter_name])
+        o = self._mix(h, self.gates(logits, h.dtype), adapter_name)
+        return F.linear(o, self.comol_B[adapter_name])
 
     def _mix(self, h: torch.Tensor, p: torch.Tensor, adapter_name: str) -> torch.Tensor:
         """h [..., R], p [..., E] -> s * h sum_e p_e C_e, [..., R]."""

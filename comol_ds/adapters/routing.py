@@ -21,14 +21,24 @@ class Gates(nn.Module):
         return torch.softmax(logits, dim=-1, dtype=wide).to(dtype)
 
 
-class PartialSums(nn.Module):
-    """Seam for a row-parallel base: what turns this rank's partial h and logits into whole ones, before routing.
+# What the down-projection leaves for routing: h [..., R], and the logits [..., E] where they are formed from x.
+Routed = tuple[torch.Tensor, torch.Tensor | None]
 
-    In one process both are whole already and pass unchanged. `logits` is None for the core router, whose logits are
-    computed from the whole h afterwards: softmax is not linear, so partial sums may not go further.
+
+class PartialSums(nn.Module):
+    """Seam for a row-parallel base: what turns this rank's partial sums into whole ones, all in one collective.
+
+    In one process everything is whole already and passes unchanged. The logits are None for the core router, whose
+    logits are computed from the whole h afterwards: softmax is not linear, so partial sums may not go further.
     """
 
-    def forward(
-        self, h: torch.Tensor, logits: torch.Tensor | None
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:  # [..., R], [..., E]
-        return h, logits
+    def forward(self, y: torch.Tensor, routed: list[Routed]) -> tuple[torch.Tensor, list[Routed]]:
+        """y [..., O] of the base, and one pair per active adapter."""
+        return y, routed
+
+
+class InputDropout(nn.Module):
+    """Seam for a row-parallel base: dropout on the layer's input x, of which each rank then holds other columns."""
+
+    def forward(self, x: torch.Tensor, dropout: nn.Module) -> torch.Tensor:
+        return dropout(x)

@@ -139,14 +139,15 @@ def test_seams_and_gates_see_what_tensor_parallelism_and_statistics_need():
     seen = {}
     wrapped.partial_sums.register_forward_hook(lambda _, args, out: seen.update(partial=args))
     wrapped.gates.register_forward_hook(lambda _, args, out: seen.update(gates=out))
-    wrapped.core_output.register_forward_hook(lambda _, args, out: seen.update(core=out))
     x = torch.randn(2, 3, I, dtype=torch.float64)
     y = wrapped(x)
     values = parameters_of(wrapped)
-    torch.testing.assert_close(seen["partial"][0], x @ values["comol_A"].T)
-    torch.testing.assert_close(seen["partial"][1], x @ values["comol_router"].T)
+    of_the_base, [(h, logits)] = seen["partial"]
+    torch.testing.assert_close(of_the_base, wrapped.base_layer(x))
+    torch.testing.assert_close(h, x @ values["comol_A"].T)
+    torch.testing.assert_close(logits, x @ values["comol_router"].T)
     torch.testing.assert_close(seen["gates"], torch.softmax(x @ values["comol_router"].T, -1))
-    torch.testing.assert_close(y, wrapped.base_layer(x) + seen["core"] @ values["comol_B"].T)
+    torch.testing.assert_close(y, wrapped.base_layer(x) + comol_update(x, values, ALPHA / R, "input"))
     assert sorted(wrapped.state_dict()) == sorted(
         ["base_layer.weight", *(f"{name}.default" for name in wrapped.adapter_layer_names)]
     )
@@ -156,12 +157,13 @@ def test_core_router_logits_come_from_the_summed_h():
     """The seam's h, not the partial one before it, is what the router and the cores read."""
     wrapped = layer(I, O, init_adapter_weights=False)
     x = torch.randn(3, I, dtype=torch.float64)
-    expected = comol_update(2 * x, parameters_of(wrapped), ALPHA / R)
+    expected = 3 * wrapped.base_layer(x) + comol_update(2 * x, parameters_of(wrapped), ALPHA / R)
 
-    class Doubled(nn.Module):
-        def forward(self, h, logits):
+    class Summed(nn.Module):
+        def forward(self, y, routed):
+            [(h, logits)] = routed
             assert logits is None
-            return 2 * h, logits
+            return 3 * y, [(2 * h, None)]
 
-    wrapped.partial_sums = Doubled()
-    torch.testing.assert_close(wrapped.update(x, "default"), expected, **CLOSE)
+    wrapped.partial_sums = Summed()
+    torch.testing.assert_close(wrapped(x), expected, **CLOSE)
