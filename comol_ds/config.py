@@ -106,6 +106,26 @@ class OptimizerSettings:
 
 
 @dataclass
+class ParallelSettings:
+    _argument_group_name: ClassVar[str] = "parallelism"
+
+    tensor_parallel_size: int | None = option(
+        None, "Ranks that share one copy of the model. None: tensor_parallel.autotp_size of the JSON, else 1."
+    )
+    tp_plan: str | None = option(
+        None,
+        "JSON file, module name pattern -> colwise or rowwise, in place of the model's own tensor-parallel plan,"
+        " for models that have none.",
+    )
+    allow_cross_node_tp: bool = option(False, "Allow tensor-parallel ranks on different nodes, over slower links.")
+    consistency_check_steps: int = option(
+        100,
+        "Optimizer steps between checks that tensor-parallel ranks see the same batch and hold the same replicated"
+        " adapter parameters; the first step is always checked.",
+    )
+
+
+@dataclass
 class RunSettings:
     _argument_group_name: ClassVar[str] = "run"
 
@@ -135,7 +155,7 @@ class RunSettings:
     local_rank: int = option(-1, "Set by the DeepSpeed launcher.")
 
 
-GROUPS = (ModelSettings, AdapterSettings, DataSettings, OptimizerSettings, RunSettings)
+GROUPS = (ModelSettings, AdapterSettings, DataSettings, OptimizerSettings, ParallelSettings, RunSettings)
 
 
 @dataclass
@@ -146,6 +166,7 @@ class RunConfig:
     adapter: AdapterSettings = field(default_factory=AdapterSettings)
     data: DataSettings = field(default_factory=DataSettings)
     optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
+    parallel: ParallelSettings = field(default_factory=ParallelSettings)
     run: RunSettings = field(default_factory=RunSettings)
 
     def flat(self) -> dict[str, Any]:
@@ -186,6 +207,8 @@ _RANGES = [
             "max_train_records",
             "max_eval_records",
             "preprocessing_num_workers",
+            "tensor_parallel_size",
+            "consistency_check_steps",
         )
     ),
     *(

@@ -18,7 +18,6 @@ _REFUSED_BLOCKS = {
     "scheduler": "the schedule belongs to the run; remove the block and set --lr_scheduler_type",
     "optimizer": "the optimizer belongs to the run; remove the block and set --optim, --learning_rate",
     "activation_checkpointing": "it belongs to the run; remove the block and set --activation_checkpointing",
-    "tensor_parallel": "tensor parallelism is not supported yet; remove the block",
 }
 
 # Top-level keys of DeepSpeed's JSON that a run honours. DeepSpeed itself ignores a misspelled one without a word.
@@ -28,7 +27,21 @@ _KNOWN_KEYS = (
     "communication_data_type", "prescale_gradients", "gradient_predivide_factor", "steps_per_print",
     "wall_clock_breakdown", "memory_breakdown", "dump_state", "flops_profiler", "comms_logger", "tensorboard", "wandb",
     "csv_monitor", "comet", "aio", "checkpoint",
+    "tensor_parallel",
 )  # fmt: skip
+
+# Keys of zero_optimization that shard or compress in their own way: the value that leaves each one off, and why it must
+# be off beside tensor parallelism.
+_OFF_WITH_TENSOR_PARALLEL = {
+    "zero_hpz_partition_size": (
+        1,
+        "its groups are consecutive ranks, which are tensor-parallel peers: their different weights would be mixed"
+        " without an error",
+    ),
+    "zero_quantized_weights": (False, "the combination is not tested"),
+    "zero_quantized_nontrainable_weights": (False, "the combination is not tested"),
+    "zero_quantized_gradients": (False, "the combination is not tested"),
+}
 
 
 def load_ds_json(path: str) -> dict[str, Any]:
@@ -64,12 +77,21 @@ def resolve_ds_config(template: dict[str, Any], config: RunConfig, batches: Batc
         bf16: the precision decided for this device.
 
     Raises:
-        UserError: an unknown key (the nearest is named), a refused block or ZeRO stage, a contradiction (both values
-            named), an "auto" that nobody can fill.
+        UserError: an unknown key (the nearest is named), a refused block, ZeRO stage or combination, a contradiction
+            (both values named), an "auto" that nobody can fill.
     """
     resolved = copy.deepcopy(template)
     _refuse_unknown_keys(resolved)
-    zero_stage(resolved)
+    stage = zero_stage(resolved)
+    if stage == 0 and bf16:
+        raise UserError(
+            "DeepSpeed JSON: zero_optimization.stage 0 with --bf16 true takes another optimizer of DeepSpeed, which is"
+            " not tested; use stage 1: it computes the same, or --bf16 false"
+        )
+    resolved.setdefault("zero_optimization", {})["stage"] = stage
+    if tensor_parallel_size(resolved, config.parallel.tensor_parallel_size) > 1:
+        _check_zero_beside_tensor_parallel(resolved["zero_optimization"])
+    resolved.pop("tensor_parallel", None)  # DeepSpeed gets our process groups instead of placing layers itself
     for block, reason in _REFUSED_BLOCKS.items():
         if block in resolved and not _is_disabled(resolved[block]):
             raise UserError(f"DeepSpeed JSON: {block!r} is refused: {reason}")
@@ -93,7 +115,7 @@ def resolve_ds_config(template: dict[str, Any], config: RunConfig, batches: Batc
 
 
 def zero_stage(ds_config: dict[str, Any]) -> int:
-    """ZeRO stage of a DeepSpeed JSON: 1, 2 or 3. Stage 0 is plain data parallelism, which stage 1 contains.
+    """ZeRO stage of a DeepSpeed JSON: 0, plain data parallelism and the default as in DeepSpeed, 1, 2 or 3.
 
     Raises:
         UserError: any other value.
@@ -102,9 +124,61 @@ def zero_stage(ds_config: dict[str, Any]) -> int:
     if not isinstance(block, dict):
         raise UserError(f"DeepSpeed JSON: 'zero_optimization' must be an object, found {block!r}")
     stage = block.get("stage", 0)
-    if isinstance(stage, bool) or stage not in (1, 2, 3):
-        raise UserError(f"DeepSpeed JSON: zero_optimization.stage is {stage!r}; use 1, 2 or 3")
+    if isinstance(stage, bool) or stage not in (0, 1, 2, 3):
+        raise UserError(f"DeepSpeed JSON: zero_optimization.stage is {stage!r}; use 0, 1, 2 or 3")
     return stage
+
+
+def tensor_parallel_size(template: dict[str, Any], flag: int | None) -> int:
+    """Ranks that share one copy of the model: --tensor_parallel_size, else the JSON's autotp_size, else 1.
+
+    Args:
+        template: the JSON as the user wrote it.
+        flag: --tensor_parallel_size, None if it was not given.
+
+    Raises:
+        UserError: flag and JSON disagree (both values named), or the JSON asks for DeepSpeed's own placement.
+    """
+    block = template.get("tensor_parallel", {})
+    if not isinstance(block, dict):
+        raise UserError(f"DeepSpeed JSON: 'tensor_parallel' must be an object, found {block!r}")
+    for key in block:
+        if key != "autotp_size":
+            raise UserError(
+                f"DeepSpeed JSON: tensor_parallel.{key} is refused: DeepSpeed's own placement of layers is not used;"
+                " remove it, and where the model's own plan does not serve, give one with --tp_plan FILE"
+            )
+    size = block.get("autotp_size", "auto")
+    if size == "auto":
+        return 1 if flag is None else flag
+    if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+        raise UserError(f'DeepSpeed JSON: tensor_parallel.autotp_size is {size!r}; use a positive number or "auto"')
+    if flag not in (None, size):
+        raise UserError(
+            f"DeepSpeed JSON says tensor_parallel.autotp_size = {size}, the run says --tensor_parallel_size = {flag};"
+            ' write "auto" in the JSON or make them agree'
+        )
+    return size
+
+
+def _check_zero_beside_tensor_parallel(block: dict[str, Any]) -> None:
+    for key, (off, reason) in _OFF_WITH_TENSOR_PARALLEL.items():
+        value = block.get(key, off)
+        if value and value != off:  # hpZ is off at 0 too
+            raise UserError(
+                f"DeepSpeed JSON: zero_optimization.{key} = {value} is refused with tensor parallelism: {reason};"
+                " remove it"
+            )
+    offload = block.get("offload_optimizer") or {}
+    device = offload.get("device", "none") if isinstance(offload, dict) else "none"  # DeepSpeed refuses what is no dict
+    if block.get("cpu_offload"):  # its former name
+        device = "cpu"
+    if block["stage"] < 3 and device != "none":
+        raise UserError(
+            f"DeepSpeed JSON: zero_optimization.offload_optimizer to {device} at stage {block['stage']} is refused with"
+            " tensor parallelism: gradients are summed over tensor-parallel ranks after the offload has taken their"
+            " norm; use stage 3"
+        )
 
 
 def _refuse_unknown_keys(config: dict[str, Any]) -> None:

@@ -34,6 +34,7 @@ class RunIdentity:
     """What two runs must have in common for one to continue the other bit-equally."""
 
     world_size: int
+    tensor_parallel: int
     zero_stage: int
     bf16: bool
     global_batch: int

@@ -26,13 +26,20 @@ def describe_run(plan: RunPlan) -> str:
             "# DeepSpeed",
             json.dumps(plan.ds_config, indent=2),
             "# sizes",
-            f"batches: {plan.batches}",
+            batches_line(plan),
             parameters_line(plan),
             data.report.summary(),
             "# first training record, [[ ]] around what the loss counts",
             format_example(example, tokenizer),
         ]
     )
+
+
+def batches_line(plan: RunPlan) -> str:
+    """The batch arithmetic, and how the ranks are divided where tensor parallelism shares a model between them."""
+    grid = plan.grid
+    ranks = f"; {grid.tensor_parallel} tensor-parallel x {grid.data_parallel} data-parallel = {grid.size} ranks"
+    return f"batches: {plan.batches}{ranks if grid.tensor_parallel > 1 else ''}"
 
 
 def parameters_line(plan: RunPlan) -> str:

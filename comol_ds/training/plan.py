@@ -6,15 +6,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from comol_ds.config import OptimizerSettings, RunConfig
-from comol_ds.ds_config import load_ds_json, resolve_ds_config, zero_stage
+from comol_ds.ds_config import load_ds_json, resolve_ds_config, tensor_parallel_size, zero_stage
 from comol_ds.errors import UserError, one_line
-from comol_ds.layout import BatchLayout, plan_batches
+from comol_ds.layout import BatchLayout, RankGrid, plan_batches, plan_grid
 from comol_ds.parallel.assemble import attach_adapter, build_schedule
 from comol_ds.parallel.device import prefers_bf16, supports_bf16
 from comol_ds.parallel.groups import World
+from comol_ds.parallel.tp_plan import check_placement, place_linears
 from comol_ds.parallel.zero_config import check_zero_block
 from comol_ds.parallel.zero_partition import count_parameters
 from comol_ds.training.checkpoint import RunIdentity, find_checkpoint, read_step
@@ -23,10 +24,11 @@ from comol_ds.training.run_folder import RunFolder
 
 @dataclass(frozen=True)
 class RunPlan:
-    """The resolved run of one rank; precision and batch sizes are decided in ``config``."""
+    """The resolved run of one rank; precision, batch sizes and tensor-parallel size are decided in ``config``."""
 
     config: RunConfig
     world: World
+    grid: RankGrid
     batches: BatchLayout
     ds_config: dict[str, Any]
     folder: RunFolder
@@ -47,18 +49,26 @@ def plan_run(config: RunConfig, world: World) -> RunPlan:
     Raises:
         UserError: the first thing that no run can use.
     """
-    batches = plan_batches(world.size, config.optimizer.per_device_train_batch_size, config.optimizer.global_batch_size)
+    template = load_ds_json(config.run.ds_config)
+    tensor_parallel = tensor_parallel_size(template, config.parallel.tensor_parallel_size)
+    grid = plan_grid(world.rank, world.size, tensor_parallel, world.local_size, config.parallel.allow_cross_node_tp)
+    batches = plan_batches(
+        grid.data_parallel, config.optimizer.per_device_train_batch_size, config.optimizer.global_batch_size
+    )
     bf16 = decide_bf16(config.model.bf16)
     config = replace(
         config,
         model=replace(config.model, bf16=bf16),
         optimizer=replace(config.optimizer, global_batch_size=batches.global_batch),
+        parallel=replace(config.parallel, tensor_parallel_size=tensor_parallel),
     )
-    ds_config = resolve_ds_config(load_ds_json(config.run.ds_config), config, batches, bf16)
+    ds_config = resolve_ds_config(template, config, batches, bf16)
     check_zero_block(ds_config)
     check_schedule(config.optimizer)
     check_report_to(config.run.report_to)
-    trainable, everything = preview_parameters(config)
+    model = preview_model(config.model.model_name_or_path)
+    check_tensor_parallel(model, config)
+    trainable, everything = preview_parameters(model, config)
     identity = identify(config, world, ds_config)
     folder = RunFolder(config.run.output_dir)
     checkpoint, passed_over = None, []
@@ -70,6 +80,7 @@ def plan_run(config: RunConfig, world: World) -> RunPlan:
     return RunPlan(
         config,
         world,
+        grid,
         batches,
         ds_config,
         folder,
@@ -83,10 +94,11 @@ def plan_run(config: RunConfig, world: World) -> RunPlan:
 
 
 def identify(config: RunConfig, world: World, ds_config: dict[str, Any]) -> RunIdentity:
-    """What a checkpoint of this run must share with a run that continues it; bf16 and batch sizes are resolved."""
+    """What a checkpoint of this run must share with a run that continues it; ``config`` is resolved."""
     data = asdict(config.data)
     return RunIdentity(
         world_size=world.size,
+        tensor_parallel=config.parallel.tensor_parallel_size,
         zero_stage=zero_stage(ds_config),
         bf16=config.model.bf16,
         global_batch=config.optimizer.global_batch_size,
@@ -174,22 +186,42 @@ def check_report_to(report_to: list[str]) -> None:
         raise UserError(f"--report_to {' '.join(report_to)}: wandb is not installed; pip install 'comol_ds[wandb]'")
 
 
-def preview_parameters(config: RunConfig) -> tuple[int, int]:
-    """(trainable, all) parameters of the adapted model, from its configuration alone, on the meta device.
+def preview_model(path: str) -> PreTrainedModel:
+    """The model without its weights, from its configuration alone, on the meta device.
 
     Raises:
-        UserError: no such model, or target modules that match nothing in it.
+        UserError: no such model.
     """
-    path = config.model.model_name_or_path
     if (path.startswith((".", "/", "~")) or path.count("/") > 1) and not Path(path).is_dir():
         raise UserError(f"--model_name_or_path {path}: no such folder; check the path")
     try:
         model_config = AutoConfig.from_pretrained(path)
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(model_config)
+            return AutoModelForCausalLM.from_config(model_config)
     except (OSError, ValueError, ImportError) as error:
         reason = one_line(error, limit=300)
         raise UserError(f"--model_name_or_path {path} cannot be read: {reason}") from error
+
+
+def check_tensor_parallel(model: PreTrainedModel, config: RunConfig) -> None:
+    """Refuse a model that the run's tensor parallelism cannot split; a plan file is read even where nothing is split.
+
+    Raises:
+        UserError: see `place_linears` and `check_placement`.
+    """
+    tensor_parallel = config.parallel.tensor_parallel_size
+    if tensor_parallel > 1 or config.parallel.tp_plan is not None:
+        placement = place_linears(model, config.parallel.tp_plan)
+        if tensor_parallel > 1:
+            check_placement(model, placement, tensor_parallel, config.adapter)
+
+
+def preview_parameters(model: PreTrainedModel, config: RunConfig) -> tuple[int, int]:
+    """(trainable, all) parameters of the model with its adapter, which is attached here.
+
+    Raises:
+        UserError: target modules or modules to save that match nothing in the model.
+    """
     _check_modules_to_save(model, config.adapter.modules_to_save)
     with torch.device("meta"):
         adapted = attach_adapter(model, config.adapter, config.run.seed, bf16=False)

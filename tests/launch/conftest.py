@@ -20,7 +20,7 @@ def inputs(tiny_model, tmp_path, tmp_path_factory, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("datasets_cache"))
     # the launcher sets the rendezvous variables of a world of one, which no other test may inherit
     inherited = dict(os.environ)
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "SLURM_PROCID"):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_SIZE", "LOCAL_WORLD_SIZE", "SLURM_PROCID"):
         monkeypatch.delenv(name, raising=False)
     yield Inputs(tiny_model, write_jsonl(tmp_path / "records.jsonl", sums(40)), tmp_path)
     os.environ.clear()

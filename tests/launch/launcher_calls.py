@@ -81,7 +81,7 @@ def refused(inputs: Inputs, capfd, monkeypatch, argv: list[str]) -> str:
         raise AssertionError("the model is being built, the input should have been refused")
 
     monkeypatch.setattr(loop, "assemble", too_late)
-    monkeypatch.setattr(loop.groups, "initialize", lambda world, timeout: None)
+    monkeypatch.setattr(loop.groups, "initialize", lambda *args: None)
     before = snapshot(inputs.folder)
     capfd.readouterr()
     code = launcher().main(argv)

@@ -7,7 +7,7 @@ from dataclasses import asdict
 
 import pytest
 from deepspeed.accelerator import get_accelerator
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GPT2Config
 
 from comol_ds.config_parser import parse_run_config
 from comol_ds.parallel.groups import World
@@ -60,6 +60,10 @@ FLAGS = [
     (["--resume_from_checkpoint", "--overwrite_output_dir"], "--overwrite_output_dir", "give one of them"),
     (["--resume_from_checkpoint", "/no/step_3"], "/no/step_3: no such folder", "give a step_<n> folder or latest"),
     (["--max_length", "1"], "--max_length 1", "must be at least 2"),
+    (["--tensor_parallel_size", "0"], "--tensor_parallel_size 0", "must be a positive whole number"),
+    (["--consistency_check_steps", "0"], "--consistency_check_steps 0", "must be a positive whole number"),
+    (["--tensor_parallel_size", "2"], "--tensor_parallel_size 2 does not divide the world of 1 ranks; use 1, or start"),
+    (["--tp_plan", "no.json"], "--tp_plan no.json: No such file or directory; check the path"),
 ]  # fmt: skip
 
 
@@ -114,9 +118,11 @@ JSON_BLOCKS = [
     ({"optimizer": {"type": "AdamW", "params": {"lr": "auto"}}}, "'optimizer' is refused", "--optim, --learning_rate"),
     ({"scheduler": {"type": "WarmupLR"}}, "'scheduler' is refused", "--lr_scheduler_type"),
     ({"fp16": {"enabled": "auto"}}, "'fp16' is refused", "--bf16 true"),
-    ({"zero_optimization": {"stage": 4}}, "zero_optimization.stage is 4", "use 1, 2 or 3"),
+    ({"zero_optimization": {"stage": 4}}, "zero_optimization.stage is 4", "use 0, 1, 2 or 3"),
     ({"zero_optimization": {"stage": 3, "stage3_max_live": 1}}, "zero_optimization.stage3_max_live = 1", "remove it"),
     ({"zero_optimization": True}, "'zero_optimization' must be an object, found True"),
+    ({"tensor_parallel": {"autotp_size": 2}}, "--tensor_parallel_size 2 does not divide the world of 1 ranks"),
+    ({"tensor_parallel": {"autotp_size": 1, "dtype": "bf16"}}, "tensor_parallel.dtype is refused", "--tp_plan FILE"),
     ({"zero_optimization": {"stage": 2, "reduce_bucket_size": "auto"}}, 'reduce_bucket_size is "auto"'),
 ]  # fmt: skip
 
@@ -126,6 +132,58 @@ def test_deepspeed_json_contradicts_the_run(case, message, inputs):
     blocks, *fragments = case
     found = message(ds_config=inputs.ds_json(**blocks))
     assert all(fragment in found for fragment in fragments), found
+
+
+@pytest.fixture
+def two_ranks(monkeypatch):
+    for name, value in {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+
+
+def test_tensor_parallel_flag_contradicts_the_deepspeed_json(message, inputs, two_ranks):
+    path = inputs.ds_json(tensor_parallel={"autotp_size": 2})
+    assert message("--tensor_parallel_size", "1", ds_config=path) == (
+        "DeepSpeed JSON says tensor_parallel.autotp_size = 2, the run says --tensor_parallel_size = 1; write"
+        ' "auto" in the JSON or make them agree'
+    )
+
+
+def test_zero_options_that_do_not_go_with_tensor_parallelism(message, inputs, two_ranks):
+    path = inputs.ds_json(zero_optimization={"stage": 3, "zero_hpz_partition_size": 2})
+    found = message("--tensor_parallel_size", "2", ds_config=path)
+    assert found.startswith("DeepSpeed JSON: zero_optimization.zero_hpz_partition_size = 2 is refused with tensor")
+
+
+def test_tensor_parallel_ranks_on_two_nodes(message, two_ranks, monkeypatch):
+    monkeypatch.setenv("LOCAL_SIZE", "1")
+    assert message("--tensor_parallel_size", "2") == (
+        "--tensor_parallel_size 2 is more than the 1 ranks of a node; use 1, or accept the slower links between nodes"
+        " with --allow_cross_node_tp"
+    )
+
+
+def test_model_that_cannot_be_split(message, inputs, two_ranks, monkeypatch):
+    assert message("--tensor_parallel_size", "2", "--modules_to_save", "lm_head") == (
+        "--modules_to_save lm_head with --tensor_parallel_size 2: modules trained whole are not supported; drop it or"
+        " use --tensor_parallel_size 1"
+    )
+    for name in ("WORLD_SIZE", "LOCAL_SIZE"):
+        monkeypatch.setenv(name, "4")
+    found = message("--tensor_parallel_size", "4")
+    assert found == "--tensor_parallel_size 4 does not divide num_key_value_heads = 2; use 2"
+    AutoModelForCausalLM.from_config(GPT2Config(n_embd=32, n_layer=1, n_head=4)).save_pretrained(inputs.folder / "gpt2")
+    found = message("--tensor_parallel_size", "2", model_name_or_path=inputs.folder / "gpt2")
+    assert found.startswith("model type 'gpt2' has no tensor-parallel plan; write one like {")
+
+
+def test_plan_file_that_would_compute_nonsense(message, inputs, two_ranks):
+    path = inputs.write("plan.json", {"mlp.up_proj": "colwise"})
+    for words in (["--tensor_parallel_size", "2"], []):  # read, and refused, even where nothing is split
+        found = message("--tp_plan", path, *words)
+        assert found == (
+            f"--tp_plan {path} shards model.layers.0.mlp.up_proj by column and nothing in 'model.layers.0.mlp' by row;"
+            " place the row half too"
+        )
 
 
 def test_deepspeed_json_that_cannot_be_read(message, inputs):

@@ -57,6 +57,16 @@ def test_batch_arithmetic_of_several_ranks(dry_run, monkeypatch):
     assert dry_run(**flags) == ""  # rank 0 says it
 
 
+def test_batch_arithmetic_of_tensor_parallel_ranks(dry_run, monkeypatch):
+    for name, value in {"RANK": "0", "WORLD_SIZE": "4", "LOCAL_RANK": "0", "LOCAL_SIZE": "4"}.items():
+        monkeypatch.setenv(name, value)
+    printed = dry_run("--tensor_parallel_size", "2")
+    ranks = "2 tensor-parallel x 2 data-parallel = 4 ranks"
+    assert f"batches: 8 micro x 1 accumulation x 2 data-parallel = 16 global; {ranks}\n" in printed
+    assert "tensor_parallel_size: 2\n" in section(printed, "run")
+    assert "tensor_parallel" not in json.loads(section(printed, "DeepSpeed"))
+
+
 @pytest.mark.parametrize(
     "flags",
     [

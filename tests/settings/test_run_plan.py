@@ -8,12 +8,29 @@ import torch
 from deepspeed.accelerator import get_accelerator
 from transformers import AutoModelForCausalLM
 
-from comol_ds.config import AdapterSettings, DataSettings, ModelSettings, OptimizerSettings, RunConfig, RunSettings
+from comol_ds.config import (
+    AdapterSettings,
+    DataSettings,
+    ModelSettings,
+    OptimizerSettings,
+    ParallelSettings,
+    RunConfig,
+    RunSettings,
+)
 from comol_ds.errors import UserError
+from comol_ds.layout import RankGrid
 from comol_ds.parallel.assemble import attach_adapter, comol_config
 from comol_ds.parallel.groups import World
 from comol_ds.parallel.zero_partition import count_parameters
-from comol_ds.training.plan import check_schedule, decide_bf16, load_tokenizer, plan_run, preview_parameters
+from comol_ds.training.describe import batches_line
+from comol_ds.training.plan import (
+    check_schedule,
+    decide_bf16,
+    load_tokenizer,
+    plan_run,
+    preview_model,
+    preview_parameters,
+)
 from tests.data.data_helpers import tiny_tokenizer
 from tests.tiny_models import FAMILIES, save_tiny_model
 
@@ -81,7 +98,8 @@ def test_other_adapter_settings_reach_the_peft_configuration():
 def test_preview_counts_what_training_would(config):
     base = AutoModelForCausalLM.from_pretrained(config.model.model_name_or_path)
     adapted = attach_adapter(base, config.adapter, seed=0, bf16=False)
-    assert preview_parameters(config) == count_parameters(adapted) == adapted.get_nb_trainable_parameters()
+    preview = preview_parameters(preview_model(config.model.model_name_or_path), config)
+    assert preview == count_parameters(adapted) == adapted.get_nb_trainable_parameters()
 
 
 def test_plan_writes_nothing_and_resolves(config, tmp_path):
@@ -91,6 +109,40 @@ def test_plan_writes_nothing_and_resolves(config, tmp_path):
     assert plan.config.optimizer.global_batch_size == 16
     assert config.optimizer.global_batch_size is None  # the caller's settings stay as they were
     assert (plan.identity.world_size, plan.identity.zero_stage, plan.identity.adapter["r"]) == (2, 3, 4)
+
+
+@pytest.mark.parametrize("source", ["flag", "json"])
+def test_plan_divides_the_world(source, config):
+    if source == "flag":
+        config = replace(config, parallel=ParallelSettings(tensor_parallel_size=2))
+    else:
+        config = replace(config, run=replace(config.run, ds_config=str(DS_CONFIG.with_name("zero3_tp2.json"))))
+    plan = plan_run(config, World(3, 4, 3))
+    assert plan.grid == RankGrid(rank=3, size=4, tensor_parallel=2)
+    assert (plan.batches.data_parallel, plan.batches.global_batch) == (2, 16)
+    assert plan.config.parallel.tensor_parallel_size == plan.identity.tensor_parallel == 2
+    assert plan.ds_config["train_batch_size"] == 16 and "tensor_parallel" not in plan.ds_config
+    assert batches_line(plan) == (
+        "batches: 8 micro x 1 accumulation x 2 data-parallel = 16 global; 2 tensor-parallel x 2 data-parallel = 4 ranks"
+    )
+
+
+def test_plan_without_tensor_parallelism_says_nothing_of_it(config):
+    plan = plan_run(config, World(3, 4, 3))
+    assert plan.grid == RankGrid(rank=3, size=4, tensor_parallel=1)
+    assert plan.config.parallel.tensor_parallel_size == plan.identity.tensor_parallel == 1
+    assert config.parallel.tensor_parallel_size is None
+    assert batches_line(plan) == "batches: 8 micro x 1 accumulation x 4 data-parallel = 32 global"
+
+
+def test_a_group_on_two_nodes_must_be_asked_for(config):
+    config = replace(config, parallel=ParallelSettings(tensor_parallel_size=2))
+    with pytest.raises(
+        UserError, match="--tensor_parallel_size 2 is more than the 1 ranks of a node; use 1, or accept"
+    ):
+        plan_run(config, World(0, 2, 0, local_size=1))
+    config.parallel.allow_cross_node_tp = True
+    assert plan_run(config, World(0, 2, 0, local_size=1)).grid.tensor_parallel == 2
 
 
 def test_identity_names_the_first_difference(config, tmp_path):
