@@ -9,6 +9,7 @@ from transformers import (
     LlamaConfig,
     MistralConfig,
     PretrainedConfig,
+    Qwen2Config,
     Qwen3Config,
 )
 
@@ -22,9 +23,16 @@ _SIZES = {
     "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
 }  # fmt: skip
 
+_FOUR_KV_HEADS = {"num_attention_heads": 8, "num_key_value_heads": 4}
+
 FAMILIES: dict[str, PretrainedConfig] = {
     "llama": LlamaConfig(**_SIZES),
+    "llama_tied": LlamaConfig(**_SIZES, tie_word_embeddings=True),
+    "llama_gqa4": LlamaConfig(**_SIZES | _FOUR_KV_HEADS),
+    "llama_odd_vocabulary": LlamaConfig(**_SIZES | {"vocab_size": VOCABULARY + 1}),
+    "qwen2": Qwen2Config(**{name: size for name, size in _SIZES.items() if name != "head_dim"}),
     "qwen3": Qwen3Config(**_SIZES),
+    "qwen3_gqa4": Qwen3Config(**_SIZES | _FOUR_KV_HEADS),
     "mistral": MistralConfig(**_SIZES, sliding_window=None),
     "gemma3": Gemma3TextConfig(**_SIZES, sliding_window=16, layer_types=["sliding_attention", "full_attention"]),
 }

@@ -1,37 +1,51 @@
-"""One function, one stated order: build the base -> attach adapters -> checkpointing and leaf modules -> engine."""
+"""One function, one stated order: build the base -> attach adapters -> tensor parallelism -> load -> checkpointing and
+leaf modules -> engine. Without tensor parallelism transformers builds and loads in one go.
+"""
 
 import math
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import deepspeed
 import torch
-import torch.distributed as dist
+from accelerate import init_empty_weights
 from peft import PeftModel, get_peft_model
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, PreTrainedModel, get_scheduler
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel, get_scheduler
+from transformers.initialization import no_init_weights
 from transformers.integrations import HfDeepSpeedConfig
 
 from comol_ds.adapters.config import CoMoLConfig
 from comol_ds.config import AdapterSettings, ModelSettings, OptimizerSettings, RunConfig
 from comol_ds.ds_config import zero_stage
 from comol_ds.errors import UserError, one_line
+from comol_ds.parallel import groups
+from comol_ds.parallel.gradients import Gradients
+from comol_ds.parallel.loading import load_weights
+from comol_ds.parallel.mesh import Mesh
+from comol_ds.parallel.tensor_parallel import parallelize
+from comol_ds.parallel.tp_plan import place_linears
+from comol_ds.parallel.vocabulary import Vocabulary
+from comol_ds.parallel.weight_files import WeightFiles
 
 
 @dataclass
 class Assembled:
-    """The engine and the one object that must outlive it.
+    """The engine, what a step needs beside it, and one object that must outlive it.
 
     transformers finds the DeepSpeed configuration through a weak reference; when ``hf_ds_config`` is collected,
     generate() and from_pretrained() no longer know that ZeRO-3 is on.
     """
 
     engine: deepspeed.DeepSpeedEngine
+    vocabulary: Vocabulary
+    gradients: Gradients
     hf_ds_config: HfDeepSpeedConfig | None
 
 
 def assemble(config: RunConfig, model_path: str, ds_config: dict[str, Any], total_steps: int, bf16: bool) -> Assembled:
-    """Build everything that a training step needs.
+    """Build everything that a training step needs, on the mesh that is arranged.
 
     Args:
         config: the run's settings.
@@ -43,10 +57,14 @@ def assemble(config: RunConfig, model_path: str, ds_config: dict[str, Any], tota
     Raises:
         UserError: the model cannot be loaded, or the target modules match nothing.
     """
-    stage = zero_stage(ds_config)
-    hf_ds_config = HfDeepSpeedConfig(ds_config) if stage == 3 else None
-    model = build_base(config.model, model_path, bf16)
-    model = attach_adapter(model, config.adapter, config.run.seed, bf16)
+    stage, mesh = zero_stage(ds_config), groups.mesh()
+    if mesh.grid.tensor_parallel > 1:
+        model, vocabulary = build_sharded(config, model_path, ds_config, bf16, mesh)
+        hf_ds_config = HfDeepSpeedConfig(ds_config) if stage == 3 else None
+    else:
+        hf_ds_config = HfDeepSpeedConfig(ds_config) if stage == 3 else None
+        model = build_base(config.model, model_path, bf16)
+        model, vocabulary = attach_adapter(model, config.adapter, config.run.seed, bf16), Vocabulary()
     prepare_activations(model, config.model.activation_checkpointing, leaf_layers=stage == 3)
     optimizer = build_optimizer(model, config.optimizer)
     schedule = build_schedule(optimizer, config.optimizer, total_steps)
@@ -56,10 +74,41 @@ def assemble(config: RunConfig, model_path: str, ds_config: dict[str, Any], tota
         optimizer=optimizer,
         lr_scheduler=schedule,
         config=ds_config,
+        mpu=mesh if mesh.grid.tensor_parallel > 1 else None,
     )
-    # from here on every rank draws its own dropout masks
-    torch.manual_seed(config.run.seed + dist.get_rank())
-    return Assembled(engine, hf_ds_config)
+    # from here on ranks with other records draw other dropout masks, tensor-parallel peers the same
+    torch.manual_seed(config.run.seed + mesh.grid.dp_rank)
+    return Assembled(engine, vocabulary, Gradients(engine, mesh), hf_ds_config)
+
+
+def build_sharded(
+    config: RunConfig, model_path: str, ds_config: dict[str, Any], bf16: bool, mesh: Mesh
+) -> tuple[PeftModel, Vocabulary]:
+    """This rank's slices of base and adapter: built on meta, adapted, sharded, then loaded slice by slice."""
+    base = build_skeleton(config.model, model_path, bf16)
+    placement = place_linears(base, config.parallel.tp_plan)
+    whole_shapes = {name: parameter.shape for name, parameter in base.named_parameters()}
+    model = attach_adapter(base, config.adapter, config.run.seed, bf16=False)
+    torch.manual_seed(config.run.seed)
+    vocabulary = parallelize(model, placement, mesh, torch.device("cpu"))
+    if bf16:
+        to_bf16(model)
+    with WeightFiles(model_path) as files:
+        load_weights(model, files, whole_shapes, ds_config, mesh)
+    return model, vocabulary
+
+
+def build_skeleton(settings: ModelSettings, model_path: str, bf16: bool) -> PreTrainedModel:
+    """The base model without memory for its parameters; buffers, which the configuration determines, are real."""
+    dtype = torch.bfloat16 if bf16 else torch.float32
+    with no_init_weights(), init_empty_weights(include_buffers=False):
+        model = AutoModelForCausalLM.from_config(
+            AutoConfig.from_pretrained(model_path), dtype=dtype, attn_implementation=settings.attn_implementation
+        )
+    model.tie_weights()  # init_empty_weights gave each place a parameter of its own
+    if (Path(model_path) / "generation_config.json").exists():
+        model.generation_config = GenerationConfig.from_pretrained(model_path)
+    return model.eval()
 
 
 def build_base(settings: ModelSettings, model_path: str, bf16: bool) -> PreTrainedModel:
@@ -90,10 +139,15 @@ def attach_adapter(model: PreTrainedModel, settings: AdapterSettings, seed: int,
     torch.manual_seed(seed)
     model = get_peft_model(model, comol_config(settings))
     if bf16:
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.data = parameter.data.to(torch.bfloat16)
+        to_bf16(model)
     return model
+
+
+def to_bf16(model: PeftModel) -> None:
+    """Cast what trains."""
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.to(torch.bfloat16)
 
 
 def comol_config(settings: AdapterSettings) -> CoMoLConfig:

@@ -7,12 +7,13 @@ monitored barrier can say which rank is missing.
 import atexit
 import logging
 import os
+import re
 import socket
 import subprocess
 import sys
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
@@ -23,17 +24,31 @@ import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 
 from comol_ds.errors import UserError
+from comol_ds.layout import RankGrid
+from comol_ds.parallel.mesh import Mesh
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class World:
-    """This process among all: global rank, number of processes, rank on this node."""
+    """This process among all.
+
+    Attributes:
+        rank: global rank.
+        size: number of processes.
+        local_rank: rank on this node.
+        local_size: number of processes on this node; None becomes ``size``, a world of one node.
+    """
 
     rank: int
     size: int
     local_rank: int
+    local_size: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.local_size is None:
+            object.__setattr__(self, "local_size", self.size)
 
 
 def read_world(environ: dict[str, str] | None = None) -> World:
@@ -46,9 +61,10 @@ def read_world(environ: dict[str, str] | None = None) -> World:
     """
     env = os.environ if environ is None else environ
     if "RANK" in env:
-        names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+        names = ["RANK", "WORLD_SIZE", "LOCAL_RANK"]
+        names += [name for name in _LOCAL_SIZES if name in env][:1]
     elif "SLURM_PROCID" in env and env.get("SLURM_NTASKS", "1") != "1":
-        names = ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID")
+        names = ["SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID"]
     else:
         return World(0, 1, 0)
     missing = [name for name in names if name not in env]
@@ -57,7 +73,27 @@ def read_world(environ: dict[str, str] | None = None) -> World:
     for name in names:
         if not env[name].isdigit():
             raise UserError(f"{name} is {env[name]!r}, not a number; start with deepspeed, torchrun or srun")
-    return World(*(int(env[name]) for name in names))
+    world = World(*(int(env[name]) for name in names))
+    return world if "RANK" in env else replace(world, local_size=_tasks_on_this_node(env))
+
+
+_LOCAL_SIZES = ("LOCAL_WORLD_SIZE", "LOCAL_SIZE")  # torchrun's and deepspeed's name for the ranks of a node
+
+
+def _tasks_on_this_node(env: dict[str, str]) -> int | None:
+    """The tasks that srun has placed on this node: the SLURM_NODEID-th number of "4,3(x2)", which is 4, 3, 3.
+
+    None if srun does not say it.
+    """
+    name = next((name for name in ("SLURM_STEP_TASKS_PER_NODE", "SLURM_TASKS_PER_NODE") if name in env), None)
+    if name is None:
+        return None
+    text, node = env[name], env.get("SLURM_NODEID", "0")
+    runs = [re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part) for part in text.split(",")]
+    counts = [int(run[1]) for run in runs if run for _ in range(int(run[2] or 1))]
+    if not all(runs) or not node.isdigit() or int(node) >= len(counts):
+        raise UserError(f"{name} is {text!r} and SLURM_NODEID {node!r}: no number of tasks; start with srun")
+    return counts[int(node)]
 
 
 def quiet_libraries() -> None:
@@ -66,8 +102,8 @@ def quiet_libraries() -> None:
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
 
 
-def initialize(world: World, timeout_minutes: float) -> None:
-    """Join the process group; every later wait for another rank ends after ``timeout_minutes``."""
+def initialize(world: World, timeout_minutes: float, tensor_parallel: int = 1) -> None:
+    """Join the process group and arrange the mesh; every later wait for another rank ends after ``timeout_minutes``."""
     os.environ.update(_rendezvous(world))
     timeout = timedelta(minutes=timeout_minutes)
     get_accelerator().set_device(world.local_rank)
@@ -75,6 +111,18 @@ def initialize(world: World, timeout_minutes: float) -> None:
     _Control.timeout = timeout
     if dist.get_backend() != "gloo":
         _Control.group = dist.new_group(backend="gloo", timeout=timeout)
+    arrange(tensor_parallel)
+
+
+def arrange(tensor_parallel: int) -> None:
+    """Create the groups of data_parallel x tensor_parallel ranks. A collective call."""
+    grid = RankGrid(dist.get_rank(), dist.get_world_size(), tensor_parallel)
+    _Control.mesh = Mesh(grid, _Control.timeout)
+
+
+def mesh() -> Mesh:
+    """The ranks as they are arranged now; one rank before `initialize`."""
+    return _Control.mesh
 
 
 def shut_down() -> None:
@@ -86,7 +134,7 @@ def shut_down() -> None:
         return
     buffers = f"deepspeed_*_{os.environ['MASTER_PORT']}_{dist.get_rank()}"
     deepspeed.comm.destroy_process_group()
-    _Control.group = None
+    _Control.group, _Control.mesh = None, Mesh(RankGrid(0, 1))
     for leftover in Path("/dev/shm").glob(buffers):
         leftover.unlink(missing_ok=True)
 
@@ -150,18 +198,22 @@ def gather_objects(value: Any, step: str) -> list[Any]:
     return values
 
 
-def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
-    """Element-wise sum over all ranks, in place, on the tensor's own device."""
-    if dist.is_initialized() and dist.get_world_size() > 1:
-        dist.all_reduce(values)
+def sum_over_data_parallel(values: torch.Tensor) -> torch.Tensor:
+    """Element-wise sum over the ranks that see different records, in place, on the tensor's own device.
+
+    Tensor-parallel peers see the same records: each gets the sum, in which nothing counts twice.
+    """
+    if mesh().grid.data_parallel > 1:
+        dist.all_reduce(values, group=mesh().data_group)
     return values
 
 
 class _Control:
-    """The gloo group of the control messages; None is the default group."""
+    """The gloo group of the control messages, where None is the default group, and the arranged mesh."""
 
     group: dist.ProcessGroup | None = None
     timeout = timedelta(minutes=30)
+    mesh = Mesh(RankGrid(0, 1))
 
 
 def _rendezvous(world: World) -> dict[str, str]:

@@ -1,10 +1,12 @@
-"""Whole tensors out of ZeRO's partitions: counts, fp32 master copies, the adapter's state dict."""
+"""Whole tensors out of ZeRO's partitions and tensor-parallel slices: counts, master copies, the adapter's state."""
 
 import deepspeed
 import torch
 import torch.distributed as dist
 from deepspeed.utils import safe_get_full_fp32_param
 from peft import PeftModel, get_peft_model_state_dict
+
+from comol_ds.parallel.groups import mesh
 
 
 def count_parameters(model: torch.nn.Module) -> tuple[int, int]:
@@ -16,13 +18,14 @@ def count_parameters(model: torch.nn.Module) -> tuple[int, int]:
 def gather_adapter(engine: deepspeed.DeepSpeedEngine) -> dict[str, torch.Tensor]:
     """The adapter's state dict in PEFT's naming: fp32 master weights, whole, on CPU; empty on ranks other than 0.
 
-    A collective call. Gathers one parameter at a time and nothing of the frozen base.
+    A collective call. Gathers one parameter at a time, over ZeRO's partitions and tensor-parallel slices, and nothing
+    of the frozen base. The tensors are the same whatever the layout that trained them.
     """
     whole = {}
     for name, parameter in engine.module.named_parameters():
         if not parameter.requires_grad:
             continue
-        value = _full_fp32(parameter)
+        value = _over_tensor_parallel(parameter, _full_fp32(parameter, engine.zero_optimization_stage()))
         if dist.get_rank() == 0:
             whole[name] = value.to("cpu", copy=True)
     if dist.get_rank() != 0:
@@ -36,6 +39,19 @@ def adapter_state_dict(model: PeftModel, parameters: dict[str, torch.Tensor]) ->
     return {name: tensor.contiguous() for name, tensor in state.items()}
 
 
-def _full_fp32(parameter: torch.nn.Parameter) -> torch.Tensor:
-    """The whole fp32 value of one trainable parameter at ZeRO stage 1, 2 or 3."""
+def _full_fp32(parameter: torch.nn.Parameter, stage: int) -> torch.Tensor:
+    """The fp32 value of one trainable parameter, over all data-parallel ranks."""
+    if stage == 0:
+        return parameter.detach().float()
     return safe_get_full_fp32_param(parameter).reshape(getattr(parameter, "ds_shape", parameter.shape))
+
+
+def _over_tensor_parallel(parameter: torch.nn.Parameter, local: torch.Tensor) -> torch.Tensor:
+    """The whole tensor from the ranks' slices, which may differ by one row; a replicated tensor is whole already."""
+    shard = getattr(parameter, "shard", None)
+    if shard is None:
+        return local
+    whole = local.new_zeros(parameter.whole_shape)
+    whole.narrow(shard.dim, shard.start, shard.stop - shard.start).copy_(local)
+    dist.all_reduce(whole, group=mesh().tensor_group)
+    return whole

@@ -8,7 +8,8 @@ import torch
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from comol_ds.data.tokenization import IGNORED
-from comol_ds.parallel.groups import sum_over_ranks
+from comol_ds.parallel.assemble import Assembled
+from comol_ds.parallel.groups import sum_over_data_parallel
 from comol_ds.training.loss import token_losses
 
 
@@ -37,7 +38,7 @@ class Evaluation:
 
 
 def evaluate(
-    engine: Any,
+    assembled: Assembled,
     tasks: list[str],
     batches: Iterable[dict[str, Any]],
     prompts: Iterable[dict[str, Any]],
@@ -48,32 +49,34 @@ def evaluate(
     """Score the model. A collective call: every rank passes its share, with equally many batches.
 
     Args:
-        engine: the DeepSpeed engine; left in training mode.
+        assembled: its engine is left in training mode.
         tasks: names of all tasks, alike on every rank.
         batches: input_ids, labels, attention_mask [B, T] and tasks (a list of B names).
         prompts: left-padded input_ids, attention_mask [B, T], tasks and references (the expected texts).
         max_new_tokens: longest generated answer, in tokens.
     """
-    engine.eval()
+    assembled.engine.eval()
     index = {task: row for row, task in enumerate(tasks)}
     sums = torch.zeros(len(tasks), 4, dtype=torch.float64)  # loss, tokens, exact, generated
     with torch.no_grad():
         for batch in batches:
-            _add_losses(sums, index, engine, batch, device)
+            _add_losses(sums, index, assembled, batch, device)
         for batch in prompts:
-            _add_matches(sums, index, engine, batch, tokenizer, max_new_tokens, device)
-    engine.train()
-    sums = sum_over_ranks(sums.to(device)).cpu()
+            _add_matches(sums, index, assembled, batch, tokenizer, max_new_tokens, device)
+    assembled.engine.train()
+    sums = sum_over_data_parallel(sums.to(device)).cpu()
     scores = {task: _score(*sums[row].tolist()) for task, row in index.items()}
     return Evaluation({**scores, "all": _score(*sums.sum(0).tolist())})
 
 
-def _add_losses(sums: torch.Tensor, index: dict[str, int], engine: Any, batch: dict, device: torch.device) -> None:
+def _add_losses(
+    sums: torch.Tensor, index: dict[str, int], assembled: Assembled, batch: dict, device: torch.device
+) -> None:
     labels = batch["labels"].to(device)
-    logits = engine(
+    logits = assembled.engine(
         input_ids=batch["input_ids"].to(device), attention_mask=batch["attention_mask"].to(device), use_cache=False
     ).logits
-    losses = token_losses(logits, labels).sum(1).double().cpu()  # B
+    losses = token_losses(logits, labels, assembled.vocabulary).sum(1).double().cpu()  # B
     counts = (batch["labels"][:, 1:] != IGNORED).sum(1)
     for task, loss, count in zip(batch["tasks"], losses, counts, strict=True):
         if count:  # the rows that only level the number of batches have none
@@ -83,7 +86,7 @@ def _add_losses(sums: torch.Tensor, index: dict[str, int], engine: Any, batch: d
 def _add_matches(
     sums: torch.Tensor,
     index: dict[str, int],
-    engine: Any,
+    assembled: Assembled,
     batch: dict,
     tokenizer: PreTrainedTokenizerBase,
     max_new_tokens: int,
@@ -97,9 +100,9 @@ def _add_matches(
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-    output = engine.module.generate(
-        input_ids=prompt, attention_mask=batch["attention_mask"].to(device), generation_config=greedy
-    )
+    mask = batch["attention_mask"].to(device)
+    with assembled.vocabulary.whole_logits():
+        output = assembled.engine.module.generate(input_ids=prompt, attention_mask=mask, generation_config=greedy)
     answers = tokenizer.batch_decode(output[:, prompt.shape[1] :], skip_special_tokens=True)
     for task, answer, reference in zip(batch["tasks"], answers, batch["references"], strict=True):
         if reference is not None:

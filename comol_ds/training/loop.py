@@ -17,7 +17,7 @@ from comol_ds.parallel.assemble import Assembled, assemble, total_steps
 from comol_ds.parallel.device import device
 from comol_ds.parallel.zero_partition import gather_adapter
 from comol_ds.training.checkpoint import load_checkpoint, peft_config, save_checkpoint
-from comol_ds.training.describe import describe_run, parameters_line, result_lines
+from comol_ds.training.describe import batches_line, describe_run, parameters_line, result_lines
 from comol_ds.training.evaluation import Evaluation, evaluate
 from comol_ds.training.metrics import Metrics
 from comol_ds.training.plan import RunPlan, load_tokenizer, plan_run
@@ -65,7 +65,7 @@ def run(config: RunConfig, world: groups.World) -> None:
         if world.rank == 0:
             print(describe_run(plan))
         return
-    groups.initialize(world, config.run.collective_timeout_minutes)
+    groups.initialize(world, config.run.collective_timeout_minutes, plan.grid.tensor_parallel)
     try:
         state = set_up(plan)
         if config.run.eval_on_start and plan.start_step == 0:
@@ -81,7 +81,7 @@ def run(config: RunConfig, world: groups.World) -> None:
 def set_up(plan: RunPlan) -> Run:
     """Data, model, engine and run folder; continues a checkpoint if the plan found one."""
     config, world = plan.config, plan.world
-    say(plan, *plan.passed_over, f"batches: {plan.batches}", parameters_line(plan))
+    say(plan, *plan.passed_over, batches_line(plan), parameters_line(plan))
     tokenizer = load_tokenizer(config.model.model_name_or_path)
     data = groups.first_on_each_node(
         world, "prepare the data", lambda: prepare_data(config.data, tokenizer, config.run.seed)
@@ -113,7 +113,7 @@ def train(state: Run) -> None:
     where = device()
     progress = tqdm(total=last, initial=plan.start_step, disable=not state.is_main, unit="step")
     for step, micro_batches in steps_from(state.batches, plan.start_step, last):
-        result = train_step(state.engine, micro_batches, state.router_load, plan.world.size, where, step)
+        result = train_step(state.assembled, micro_batches, state.router_load, where, step)
         state.metrics.add(result)
         progress.update()
         if step % settings.logging_steps == 0 or step == last:
@@ -148,7 +148,7 @@ def train_batches(plan: RunPlan, data: PreparedData, pad_token_id: int) -> Train
     settings = plan.config.data
     share = {
         "layout": plan.batches,
-        "dp_rank": plan.world.rank,
+        "dp_rank": plan.grid.dp_rank,
         "seed": plan.config.run.seed,
         "packing": settings.packing,
         "max_length": settings.max_length,
@@ -161,14 +161,16 @@ def train_batches(plan: RunPlan, data: PreparedData, pad_token_id: int) -> Train
 
 def evaluate_now(state: Run, step: int) -> None:
     """Score the validation records and log the result."""
-    settings, world, records = state.plan.config, state.plan.world, state.data.validation
+    settings, grid, records = state.plan.config, state.plan.grid, state.data.validation
     size = settings.optimizer.per_device_eval_batch_size
     pad = state.tokenizer.pad_token_id
-    prompts = generation_batches(records, size, world.rank, world.size, pad, settings.run.max_generate_records)
+    prompts = generation_batches(
+        records, size, grid.dp_rank, grid.data_parallel, pad, settings.run.max_generate_records
+    )
     evaluation = evaluate(
-        state.engine,
+        state.assembled,
         sorted(set(records["task"])),
-        EvalBatches(records, size, world.rank, world.size, pad),
+        EvalBatches(records, size, grid.dp_rank, grid.data_parallel, pad),
         prompts,
         state.tokenizer,
         settings.run.max_new_tokens,

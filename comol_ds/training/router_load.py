@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from comol_ds.adapters.routing import Gates
-from comol_ds.parallel.groups import sum_over_ranks
+from comol_ds.parallel.groups import sum_over_data_parallel
 
 
 class RouterLoad:
@@ -50,7 +50,7 @@ class RouterLoad:
             return None
         names = list(self._sums)
         packed = torch.cat([self._tokens.view(1), *(self._sums[name].flatten() for name in names)])
-        sum_over_ranks(packed)
+        sum_over_data_parallel(packed)
         tokens, values = packed[0].item(), packed[1:].cpu() / packed[0].clamp(min=1).cpu()
         layers, start = {}, 0
         for name in names:

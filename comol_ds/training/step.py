@@ -6,7 +6,8 @@ from typing import Any
 
 import torch
 
-from comol_ds.parallel.groups import gather_objects, sum_over_ranks
+from comol_ds.parallel.assemble import Assembled
+from comol_ds.parallel.groups import gather_objects, mesh, sum_over_data_parallel
 from comol_ds.training.loss import count_targets, token_losses
 from comol_ds.training.router_load import RouterLoad
 
@@ -22,37 +23,37 @@ class StepResult:
 
 
 def train_step(
-    engine: Any,
+    assembled: Assembled,
     micro_batches: list[dict[str, Any]],
     router_load: RouterLoad,
-    data_parallel: int,
     device: torch.device,
     step: int,
 ) -> StepResult:
     """Forward, backward and update over this rank's micro-batches. A collective call.
 
     The loss is sum over valid tokens / their global count. DeepSpeed averages gradients over the data-parallel ranks,
-    which the factor ``data_parallel`` undoes; its own division by the accumulation is switched off.
+    which their number as a factor undoes; its own division by the accumulation is switched off.
 
     Raises:
         RuntimeError: the loss (before the update) or the gradient norm is not finite; names step and records.
     """
     targets = sum(count_targets(batch["labels"]) for batch in micro_batches)
     tokens = sum(int(valid_tokens(batch).sum()) for batch in micro_batches)
-    counts = sum_over_ranks(torch.tensor([targets, tokens], dtype=torch.float64, device=device)).tolist()
+    counts = sum_over_data_parallel(torch.tensor([targets, tokens], dtype=torch.float64, device=device)).tolist()
+    engine, data_parallel = assembled.engine, mesh().grid.data_parallel
     local_losses = []
     for index, batch in enumerate(micro_batches):
         with router_load.counting(valid_tokens(batch).to(device)):
             logits = engine(**model_inputs(batch, device)).logits
-        loss_sum = token_losses(logits, batch["labels"].to(device)).sum()
+        loss_sum = token_losses(logits, batch["labels"].to(device), assembled.vocabulary).sum()
         engine.backward(loss_sum * (data_parallel / counts[0]), scale_wrt_gas=False)
         local_losses.append(loss_sum.detach())
-        if index == len(micro_batches) - 1:
-            total = sum_over_ranks(torch.stack(local_losses).double().sum()).item()
-            if not math.isfinite(total):
-                _stop("loss", total, step, micro_batches, local_losses)
-        engine.step()
-    grad_norm = float(engine.get_global_grad_norm())
+        if index < len(micro_batches) - 1:
+            engine.step()  # counts the micro-batch
+    total = sum_over_data_parallel(torch.stack(local_losses).double().sum()).item()
+    if not math.isfinite(total):
+        _stop("loss", total, step, micro_batches, local_losses)
+    grad_norm = assembled.gradients.update()
     if not math.isfinite(grad_norm):
         _stop("gradient norm", grad_norm, step, micro_batches, None)
     return StepResult(total, int(counts[0]), int(counts[1]), grad_norm)

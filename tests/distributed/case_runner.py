@@ -8,42 +8,59 @@ from comol_ds.ds_config import load_ds_json, resolve_ds_config
 from comol_ds.layout import plan_batches
 from comol_ds.parallel.assemble import Assembled, assemble
 from comol_ds.parallel.device import device
-from comol_ds.parallel.groups import World
+from comol_ds.parallel.groups import mesh
+from comol_ds.parallel.zero_partition import gather_adapter
 from comol_ds.training.router_load import RouterLoad
 from comol_ds.training.step import StepResult, train_step
-from tests.distributed.equality_cases import GLOBAL_BATCH, STEPS, Case
+from tests.distributed.equality_cases import Case
 from tests.tiny_models import random_batch, slice_batch
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
 
-def resolve_case(case: Case, models: str, world: World) -> tuple[Any, dict[str, Any]]:
-    """The run configuration and the resolved DeepSpeed dictionary of a case at this world size."""
-    micro = GLOBAL_BATCH // world.size // case.accumulation
+def resolve_case(case: Case, models: str) -> tuple[Any, dict[str, Any]]:
+    """The run configuration and the resolved DeepSpeed dictionary of a case on the arranged mesh."""
+    micro = case.global_batch // mesh().grid.data_parallel // case.accumulation
     config = case.run_config(models)
     config = dataclasses.replace(
         config, optimizer=dataclasses.replace(config.optimizer, per_device_train_batch_size=micro)
     )
-    batches = plan_batches(world.size, micro, GLOBAL_BATCH)
+    batches = plan_batches(mesh().grid.data_parallel, micro, case.global_batch)
     template = load_ds_json(str(REPOSITORY / config.run.ds_config))
     return config, resolve_ds_config(template, config, batches, case.bf16)
 
 
-def build_case(case: Case, models: str, world: World) -> Assembled:
-    """The engine of a case, in training mode."""
-    config, ds_config = resolve_case(case, models, world)
-    assembled = assemble(config, config.model.model_name_or_path, ds_config, STEPS, case.bf16)
+def build_case(case: Case, models: str) -> Assembled:
+    """Everything a step of the case needs, in training mode."""
+    config, ds_config = resolve_case(case, models)
+    assembled = assemble(config, config.model.model_name_or_path, ds_config, case.steps, case.bf16)
     assembled.engine.train()
     return assembled
 
 
-def run_steps(engine: Any, case: Case, world: World, load: RouterLoad, steps: range) -> list[StepResult]:
+def run_steps(assembled: Assembled, case: Case, load: RouterLoad, steps: range) -> list[StepResult]:
     """Train ``steps``; step s works on the random global batch of seed s."""
-    micro = GLOBAL_BATCH // world.size // case.accumulation
-    first = world.rank * micro * case.accumulation
+    grid = mesh().grid
+    micro = case.global_batch // grid.data_parallel // case.accumulation
+    first = grid.dp_rank * micro * case.accumulation
     results = []
     for step in steps:
-        whole = random_batch(GLOBAL_BATCH, seed=step)
+        whole = random_batch(case.global_batch, seed=step)
         mine = [slice_batch(whole, slice(first + i * micro, first + (i + 1) * micro)) for i in range(case.accumulation)]
-        results.append(train_step(engine, mine, load, world.size, device(), step + 1))
+        results.append(train_step(assembled, mine, load, device(), step + 1))
     return results
+
+
+def train_case(case: Case, models: str) -> dict:
+    """Train a case from start to end: what the equality tests compare."""
+    assembled = build_case(case, models)
+    load = RouterLoad(assembled.engine.module)
+    results = run_steps(assembled, case, load, range(case.steps))
+    outcome = {
+        "losses": [result.loss_sum / result.targets for result in results],
+        "norms": [result.grad_norm for result in results],
+        "load": load.pop(),
+        "weights": gather_adapter(assembled.engine),
+    }
+    assembled.engine.destroy()
+    return outcome

@@ -1,11 +1,16 @@
 """What the equality test trains: the same steps in one plain PyTorch process and under DeepSpeed."""
 
 from dataclasses import asdict, dataclass
+from typing import Any
 
-from comol_ds.config import AdapterSettings, ModelSettings, OptimizerSettings, RunConfig, RunSettings
-
-STEPS = 6
-GLOBAL_BATCH = 8
+from comol_ds.config import (
+    AdapterSettings,
+    ModelSettings,
+    OptimizerSettings,
+    ParallelSettings,
+    RunConfig,
+    RunSettings,
+)
 
 
 @dataclass(frozen=True)
@@ -21,6 +26,11 @@ class Case:
     bf16: bool = False
     dropout: float = 0.0
     train_head: bool = False
+    tensor_parallel: int = 1
+    r: int = 4
+    steps: int = 6
+    global_batch: int = 8
+    targets: str = "all-linear"
 
     @property
     def name(self) -> str:
@@ -35,10 +45,10 @@ class Case:
                 model_name_or_path=f"{models}/{self.family}", activation_checkpointing=self.checkpointing
             ),
             adapter=AdapterSettings(
-                r=4,
+                r=self.r,
                 lora_alpha=8,
                 num_experts=3,
-                target_modules=["all-linear"],
+                target_modules=self.targets.split(),
                 core_init="orthogonal",
                 router=self.router,
                 lora_dropout=self.dropout,
@@ -49,11 +59,14 @@ class Case:
                 optim=self.optim,
                 weight_decay=0.01,
                 max_grad_norm=0.05,
+                # above the gradients' rounding, 1e-8 here: AdamW would turn that noise into whole steps
+                adam_epsilon=1e-6,
                 lr_scheduler_type="cosine",
                 warmup_steps=2,
-                max_steps=STEPS,
-                global_batch_size=GLOBAL_BATCH,
+                max_steps=self.steps,
+                global_batch_size=self.global_batch,
             ),
+            parallel=ParallelSettings(tensor_parallel_size=self.tensor_parallel),
             run=RunSettings(ds_config=f"ds_configs/{self.ds_config}.json", seed=7),
         )
 
@@ -79,3 +92,46 @@ BF16_CASES = [Case(ds_config, 1, "adamw_torch", "none", bf16=True) for ds_config
 RESUME_CASES = [
     Case(ds_config, 2, "adamw_torch", "none", dropout=0.1) for ds_config in ("zero1", "zero2", "zero3", "zero3_offload")
 ]
+
+# r is no multiple of the tensor-parallel size
+_TENSOR_PARALLEL = {"r": 5, "steps": 10, "global_batch": 12}
+
+
+def _tensor_parallel(tensor_parallel: int, family: str) -> list[Case]:
+    """Every ZeRO stage with accumulation 1 and 3, both optimizers, checkpointing off and on."""
+    return [
+        Case(
+            f"zero{stage}",
+            accumulation,
+            optim,
+            checkpointing,
+            family,
+            tensor_parallel=tensor_parallel,
+            **_TENSOR_PARALLEL,
+        )
+        for stage in (0, 1, 2, 3)
+        for accumulation, optim, checkpointing in ((1, "adamw_torch", "none"), (3, "sgd", "full"))
+    ]
+
+
+def _variation(**changes: Any) -> Case:
+    usual = {"ds_config": "zero3", "accumulation": 1, "optim": "sgd", "checkpointing": "none", "tensor_parallel": 2}
+    return Case(**(usual | _TENSOR_PARALLEL | changes))
+
+
+# llama has as many key-value heads as TP2 ranks, llama_gqa4 as TP4 ranks
+TP2_CASES = _tensor_parallel(2, "llama")
+TP2_DP2_CASES = [
+    *_tensor_parallel(2, "llama"),
+    *(_variation(ds_config=f"zero{stage}", checkpointing="full") for stage in (0, 1, 2, 3)),
+    *(_variation(ds_config=f"zero{stage}", accumulation=3, optim="adamw_torch") for stage in (0, 1, 2, 3)),
+    *(_variation(ds_config=f"zero{stage}", family="qwen3", accumulation=3) for stage in (0, 1, 2, 3)),
+    *(_variation(ds_config=f"zero{stage}", family="llama_tied") for stage in (0, 2, 3)),
+    *(_variation(family=family) for family in ("mistral", "gemma3", "qwen2", "llama_odd_vocabulary")),
+    *(_variation(ds_config=f"zero{stage}", router="input") for stage in (2, 3)),
+    _variation(targets="q_proj v_proj down_proj"),
+    _variation(ds_config="zero3_offload", accumulation=3),
+]
+TP4_CASES = [*_tensor_parallel(4, "llama_gqa4"), _variation(family="qwen3_gqa4", tensor_parallel=4)]
+
+SUITES = {"zero": CASES + BF16_CASES, "tp2": TP2_CASES, "tp4": TP4_CASES, "tp2dp2": TP2_DP2_CASES}

@@ -16,19 +16,17 @@ from comol_ds.parallel.zero_partition import gather_adapter
 from comol_ds.training.checkpoint import RunIdentity, load_checkpoint, save_checkpoint
 from comol_ds.training.router_load import RouterLoad
 from tests.distributed.case_runner import build_case, run_steps
-from tests.distributed.equality_cases import RESUME_CASES, STEPS, Case
-
-HALF = STEPS // 2
+from tests.distributed.equality_cases import RESUME_CASES, Case
 
 
 def train(case: Case, models: str, world: groups.World, checkpoints: Path, steps: range) -> dict:
     """Steps of a case; those that do not start at 0 start from the checkpoint at their first one."""
-    assembled = build_case(case, models, world)
+    assembled = build_case(case, models)
     engine = assembled.engine
     if steps.start:
         load_checkpoint(engine, checkpoints / f"step_{steps.start}", world)
-    results = [astuple(result) for result in run_steps(engine, case, world, RouterLoad(engine.module), steps)]
-    identity = RunIdentity(world.size, 0, False, 8, 4, 7, case.optim, models, {}, {})
+    results = [astuple(result) for result in run_steps(assembled, case, RouterLoad(engine.module), steps)]
+    identity = RunIdentity(world.size, case.tensor_parallel, 0, False, 8, 4, 7, case.optim, models, {}, {})
     save_checkpoint(engine, checkpoints, steps.stop, identity, world, None)
     outcome = {"results": results, "weights": gather_adapter(engine)}
     engine.destroy()
@@ -40,10 +38,11 @@ def main() -> None:
     world = groups.read_world()
     groups.initialize(world, timeout_minutes=2)
     for case in RESUME_CASES:
-        through = train(case, models, world, Path(output) / f"{case.name}-through", range(STEPS))
+        half = case.steps // 2
+        through = train(case, models, world, Path(output) / f"{case.name}-through", range(case.steps))
         halves = Path(output) / f"{case.name}-halves"
-        train(case, models, world, halves, range(HALF))
-        resumed = train(case, models, world, halves, range(HALF, STEPS))
+        train(case, models, world, halves, range(half))
+        resumed = train(case, models, world, halves, range(half, case.steps))
         if world.rank == 0:
             torch.save({"through": through, "resumed": resumed}, Path(output) / f"{case.name}.pt")
     groups.shut_down()

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.distributed.equality_cases import RESUME_CASES, STEPS
+from tests.distributed.equality_cases import RESUME_CASES
 from tests.distributed.launching import run_deepspeed
 from tests.tiny_models import save_tiny_model
 
@@ -24,7 +24,7 @@ def two_ranks(tmp_path_factory, extensions):
 def test_resumed_steps_are_bit_equal(case, two_ranks):
     outcome = torch.load(two_ranks / f"{case.name}.pt")
     through, resumed = outcome["through"], outcome["resumed"]
-    assert len(resumed["results"]) == STEPS - STEPS // 2
-    assert resumed["results"] == through["results"][STEPS // 2 :]
+    assert len(resumed["results"]) == case.steps - case.steps // 2
+    assert resumed["results"] == through["results"][case.steps // 2 :]
     assert resumed["weights"].keys() == through["weights"].keys()
     assert all(torch.equal(resumed["weights"][name], tensor) for name, tensor in through["weights"].items())

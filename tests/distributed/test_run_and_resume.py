@@ -17,6 +17,7 @@ from comol_ds.adapters.adapter_folder import read_adapter
 from comol_ds.config_parser import parse_run_config
 from comol_ds.data.batches import EvalBatches
 from comol_ds.data.prepare import prepare_data
+from comol_ds.parallel.vocabulary import Vocabulary
 from comol_ds.training.loss import count_targets, token_losses
 from tests.data.data_helpers import real_data
 from tests.distributed.launching import REPOSITORY, clean_environment, free_port, run_deepspeed, run_limited
@@ -118,7 +119,7 @@ def test_one_process_reproduces_the_evaluation(first_run):
     with torch.no_grad():
         for batch in EvalBatches(data.validation, 4, 0, 1, tokenizer.pad_token_id):
             logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
-            loss += token_losses(logits, batch["labels"]).sum().item()
+            loss += token_losses(logits, batch["labels"], Vocabulary()).sum().item()
             count += count_targets(batch["labels"])
     last = json_lines(out / "evaluations.jsonl")[-1]["tasks"]["all"]
     assert (last["tokens"], last["generated"]) == (count, 4)

@@ -35,7 +35,7 @@ from comol_ds.parallel import groups
 from comol_ds.parallel.assemble import assemble, attach_adapter, build_base
 from comol_ds.training.router_load import RouterLoad
 from tests.distributed.case_runner import resolve_case, run_steps
-from tests.distributed.equality_cases import STEPS, Case
+from tests.distributed.equality_cases import Case
 
 
 @contextmanager
@@ -51,7 +51,7 @@ def main() -> None:
     world = groups.read_world()
     groups.initialize(world, timeout_minutes=2)
     case = Case("zero3", 1, "adamw_torch", "none")
-    config, ds_config = resolve_case(case, models, world)
+    config, ds_config = resolve_case(case, models)
 
     hf_ds_config = HfDeepSpeedConfig(ds_config)
     base = build_base(config.model, config.model.model_name_or_path, bf16=False)
@@ -63,12 +63,12 @@ def main() -> None:
     # a model of real size does not stay gathered between forward and backward; make this one behave so
     keep_nothing = ("stage3_max_live_parameters", "stage3_max_reuse_distance", "stage3_prefetch_bucket_size")
     ds_config["zero_optimization"] |= dict.fromkeys(keep_nothing, 0)
-    engine = assemble(config, config.model.model_name_or_path, ds_config, STEPS, bf16=False).engine
-    engine.train()
+    assembled = assemble(config, config.model.model_name_or_path, ds_config, case.steps, bf16=False)
+    assembled.engine.train()
     steps = []
     for step in range(3):
         with counted() as calls:
-            run_steps(engine, case, world, RouterLoad(engine.module), range(step, step + 1))
+            run_steps(assembled, case, RouterLoad(assembled.engine.module), range(step, step + 1))
         steps.append(calls)
     if world.rank == 0:
         report = {"held_after_build": shares, "attaching": attaching, "steps": steps}

@@ -9,8 +9,8 @@ from comol_ds.errors import UserError
 from comol_ds.training.checkpoint import MARKER, RunIdentity, _commit, fault_of, find_checkpoint, read_step
 
 IDENTITY = {
-    "world_size": 2, "zero_stage": 3, "bf16": False, "global_batch": 8, "micro_batch": 4, "seed": 1,
-    "optim": "adamw_torch", "model": "m", "data": "d", "adapter": {"r": 4},
+    "world_size": 2, "tensor_parallel": 1, "zero_stage": 3, "bf16": False, "global_batch": 8, "micro_batch": 4,
+    "seed": 1, "optim": "adamw_torch", "model": "m", "data": "d", "adapter": {"r": 4},
 }  # fmt: skip
 
 

@@ -11,7 +11,8 @@ from transformers import AutoModelForCausalLM
 from comol_ds.config import AdapterSettings
 from comol_ds.data.batches import EvalBatches, generation_batches
 from comol_ds.data.tokenization import RecordTokenizer
-from comol_ds.parallel.assemble import attach_adapter
+from comol_ds.parallel.assemble import Assembled, attach_adapter
+from comol_ds.parallel.vocabulary import Vocabulary
 from comol_ds.training.evaluation import Evaluation, TaskScore, comparison_table, evaluate
 from tests.data.data_helpers import sums, tiny_tokenizer
 from tests.tiny_models import FAMILIES
@@ -35,6 +36,11 @@ class Engine:
 
     def train(self) -> None:
         self.module.train()
+
+
+def assembled(model: torch.nn.Module) -> Assembled:
+    """What evaluate() reads of an assembled run."""
+    return Assembled(Engine(model), Vocabulary(), gradients=None, hf_ds_config=None)
 
 
 @pytest.fixture(scope="module")
@@ -99,7 +105,7 @@ def literal_losses(model: torch.nn.Module, records: datasets.Dataset) -> dict[st
 
 def score(model, records, batch_size: int, prompts: int | None) -> Evaluation:
     return evaluate(
-        Engine(model),
+        assembled(model),
         sorted(set(records["task"])),
         EvalBatches(records, batch_size, 0, 1, TOKENIZER.pad_token_id),
         generation_batches(records, batch_size, 0, 1, TOKENIZER.pad_token_id, prompts),
@@ -133,7 +139,7 @@ def test_a_bounded_number_of_answers_comes_from_every_task(model, records):
 
 def test_a_task_without_tokens_has_no_loss(model, records):
     found = evaluate(
-        Engine(model),
+        assembled(model),
         ["absent", "other"],
         EvalBatches(records.filter(lambda row: row["task"] == "other"), 4, 0, 1, 0),
         [],

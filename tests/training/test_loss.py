@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from comol_ds.parallel.vocabulary import Vocabulary
 from comol_ds.training.loss import count_targets, token_losses
 
 B, T, V = 3, 7, 11
@@ -37,14 +38,14 @@ def literal(logits: torch.Tensor, labels: torch.Tensor) -> list[list[float]]:
 
 
 def test_token_losses(logits, labels):
-    found = token_losses(logits.float(), labels)
+    found = token_losses(logits.float(), labels, Vocabulary())
     assert found.shape == (B, T - 1) and found.dtype == torch.float32
     torch.testing.assert_close(found.double(), torch.tensor(literal(logits, labels), dtype=torch.float64))
 
 
 def test_half_precision_logits_are_summed_in_fp32(logits, labels):
     half = logits.bfloat16()
-    found = token_losses(half, labels)
+    found = token_losses(half, labels, Vocabulary())
     assert found.dtype == torch.float32
     torch.testing.assert_close(found.double(), torch.tensor(literal(half.double(), labels), dtype=torch.float64))
 
@@ -58,7 +59,7 @@ def test_targets_are_the_labels_that_something_predicts(labels):
 
 def test_gradient_of_the_sum_is_softmax_minus_one_hot(logits, labels):
     leaf = logits.float().requires_grad_()
-    token_losses(leaf, labels).sum().backward()
+    token_losses(leaf, labels, Vocabulary()).sum().backward()
     for b in range(B):
         for t in range(T):
             target = labels[b, t + 1].item() if t + 1 < T else -100

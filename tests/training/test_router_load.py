@@ -11,6 +11,7 @@ from comol_ds.adapters.routing import Gates
 from comol_ds.config import AdapterSettings
 from comol_ds.data.collate import packed_batch
 from comol_ds.parallel.assemble import attach_adapter, prepare_activations
+from comol_ds.parallel.vocabulary import Vocabulary
 from comol_ds.training.loss import token_losses
 from comol_ds.training.router_load import RouterLoad
 from comol_ds.training.step import model_inputs, valid_tokens
@@ -148,7 +149,7 @@ def test_recomputation_is_not_counted():
     for batch in batches:
         with load.counting(valid_tokens(batch)):
             logits = model(**model_inputs(batch, CPU)).logits
-        token_losses(logits, batch["labels"]).sum().backward()
+        token_losses(logits, batch["labels"], Vocabulary()).sum().backward()
     assert len(gate_calls) == 2 * 2 * len(LAYERS)  # two batches, forward and recomputation
     inputs.seen = {name: seen[::2] for name, seen in inputs.seen.items()}
     found = load.pop()

@@ -1,0 +1,105 @@
+"""Embedding and output head split over the vocabulary, and the loss on logits of which no rank holds more than V/K.
+
+Glossary: V vocabulary, K tensor-parallel ranks, N tokens. Shards may differ by one row when K does not divide V.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from deepspeed.sequence.cross_entropy import vocab_parallel_cross_entropy
+from torch import nn
+
+from comol_ds.layout import Shard
+from comol_ds.parallel.collectives import sum_over_tensor_parallel
+from comol_ds.parallel.mesh import Mesh
+from comol_ds.parallel.tp_layers import shard_parameter
+
+
+class Vocabulary:
+    """How the logits of the output head are spread: what the loss and generation need to know.
+
+    Args:
+        mesh: None where the logits are whole.
+        size: V.
+    """
+
+    def __init__(self, mesh: Mesh | None = None, size: int = 0) -> None:
+        self._mesh, self._size = mesh, size
+        self._gathers = False
+
+    def cross_entropy(self, logits: torch.Tensor, targets: torch.Tensor, ignored: int) -> torch.Tensor:
+        """Cross-entropy per token in fp32, 0 where the target is ``ignored``.
+
+        Args:
+            logits: [N, V], or this rank's [N, V/K], any float type.
+            targets: [N], ids in the whole vocabulary or ``ignored``; alike on all tensor-parallel ranks.
+
+        Returns:
+            [N], alike on all tensor-parallel ranks.
+        """
+        if self._mesh is None:
+            return F.cross_entropy(logits.float(), targets, ignore_index=ignored, reduction="none")
+        shard = self._shard()
+        return vocab_parallel_cross_entropy(
+            logits,
+            targets,
+            tp_group=self._mesh.tensor_group,
+            vocab_start_index=shard.start,
+            vocab_end_index=shard.stop,
+            global_vocab_size=self._size,
+            ignore_index=ignored,
+            reduction="none",
+        )
+
+    @contextmanager
+    def whole_logits(self) -> Iterator[None]:
+        """Inside, the head returns [..., V] on every rank; for generation, which needs the last position's only."""
+        self._gathers = True
+        try:
+            yield
+        finally:
+            self._gathers = False
+
+    def after_head(self, module: nn.Module, args: Sequence[Any], logits: torch.Tensor) -> torch.Tensor:
+        """Forward hook of the head: nothing, or [..., V/K] -> [..., V] inside `whole_logits`."""
+        if not self._gathers:
+            return logits
+        shard = self._shard()
+        whole = logits.new_zeros(*logits.shape[:-1], self._size)
+        whole[..., shard.start : shard.stop] = logits
+        dist.all_reduce(whole, group=self._mesh.tensor_group)
+        return whole
+
+    def _shard(self) -> Shard:
+        return self._mesh.shard(self._size, dim=0)
+
+
+class VocabularyLookup:
+    """Makes an nn.Embedding of any subclass vocabulary-parallel, by a hook before and one after its own forward.
+
+    Foreign ids look up row 0 and are zeroed, so that the sum over the ranks has one term per token.
+    """
+
+    def __init__(self, embedding: nn.Embedding, mesh: Mesh) -> None:
+        self.shard = mesh.shard(embedding.num_embeddings, dim=0)
+        self.group = mesh.tensor_group
+        self._foreign: torch.Tensor | None = None
+        embedding.weight = shard_parameter(embedding.weight, self.shard)
+        embedding.num_embeddings = self.shard.stop - self.shard.start
+        embedding.padding_idx = None  # an id of the whole vocabulary; it matters to the gradient of a trained one only
+        embedding.register_forward_pre_hook(self._before)
+        embedding.register_forward_hook(self._after)
+
+    def _before(self, module: nn.Module, args: Sequence[Any]) -> tuple[torch.Tensor]:
+        (ids,) = args  # [...]
+        self._foreign = (ids < self.shard.start) | (ids >= self.shard.stop)
+        return ((ids - self.shard.start).masked_fill(self._foreign, 0),)
+
+    def _after(self, module: nn.Module, args: Sequence[Any], rows: torch.Tensor) -> torch.Tensor:
+        own = rows.masked_fill(self._foreign.unsqueeze(-1), 0)
+        self._foreign = None
+        return sum_over_tensor_parallel(own, self.group)

@@ -1,0 +1,48 @@
+"""Tensor parallelism with every ZeRO stage on two and four ranks against one plain PyTorch process, in fp32."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.distributed.equality_cases import SUITES
+from tests.distributed.launching import run_deepspeed
+from tests.distributed.one_process import assert_equal_router_load, assert_equal_training, expected_of
+from tests.tiny_models import FAMILIES, save_tiny_model
+
+pytestmark = pytest.mark.distributed
+RANKS = {"tp2": 2, "tp4": 4, "tp2dp2": 4}
+RUNS = [(suite, case) for suite in RANKS for case in SUITES[suite]]
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models")
+    for family in FAMILIES:
+        save_tiny_model(folder / family, family)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def trained(models, tmp_path_factory, extensions):
+    """Suite -> folder with every case trained; a suite's processes start once, when its first case is asked for."""
+    folders = {}
+
+    def train(suite: str) -> Path:
+        if suite not in folders:
+            folders[suite] = tmp_path_factory.mktemp(suite)
+            worker = Path(__file__).parent / "equality_worker.py"
+            words = [suite, str(models), str(folders[suite])]
+            run = run_deepspeed(RANKS[suite], worker, words, extensions, timeout=280)
+            assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-4000:]
+        return folders[suite]
+
+    return train
+
+
+@pytest.mark.parametrize(("suite", "case"), RUNS, ids=[f"{suite}-{case.name}" for suite, case in RUNS])
+def test_equals_one_process(suite, case, trained, models):
+    found = torch.load(trained(suite) / f"{case.name}.pt")
+    expected = expected_of(case, str(models))
+    assert_equal_training(found, expected)
+    assert_equal_router_load(found["load"], case, expected["load"])
