@@ -52,6 +52,9 @@ class AdapterSettings:
         DEFAULT_TARGETS, "Names of the Linear modules to adapt, or all-linear, or one regular expression."
     )
     modules_to_save: list[str] | None = option(None, "Further modules trained whole and saved with the adapter.")
+    adapter_name_or_path: str | None = option(
+        None, "Adapter folder whose values the training starts from. None: fresh values drawn from --seed."
+    )
 
 
 @dataclass
@@ -262,5 +265,9 @@ def _check_combinations(config: RunConfig) -> None:
         raise UserError("--streaming needs --eval_dataset: nothing can be held out of a stream of unknown length")
     if data.packing and data.group_by_length:
         raise UserError("--packing and --group_by_length exclude each other; packed rows are all equally long")
+    if config.adapter.adapter_name_or_path is not None and config.adapter.modules_to_save:
+        raise UserError(
+            "--adapter_name_or_path with --modules_to_save: modules trained whole cannot start from a folder; drop one"
+        )
     if run.overwrite_output_dir and run.resume_from_checkpoint:
         raise UserError("--overwrite_output_dir deletes what --resume_from_checkpoint would read; give one of them")

@@ -24,6 +24,7 @@ from comol_ds.parallel import groups
 from comol_ds.parallel.gradients import Gradients
 from comol_ds.parallel.loading import load_weights
 from comol_ds.parallel.mesh import Mesh
+from comol_ds.parallel.start_adapter import load_start_adapter
 from comol_ds.parallel.tensor_parallel import parallelize
 from comol_ds.parallel.tp_plan import place_linears
 from comol_ds.parallel.vocabulary import Vocabulary
@@ -65,6 +66,8 @@ def assemble(config: RunConfig, model_path: str, ds_config: dict[str, Any], tota
         hf_ds_config = HfDeepSpeedConfig(ds_config) if stage == 3 else None
         model = build_base(config.model, model_path, bf16)
         model, vocabulary = attach_adapter(model, config.adapter, config.run.seed, bf16), Vocabulary()
+    if config.adapter.adapter_name_or_path is not None:
+        load_start_adapter(model, config.adapter.adapter_name_or_path)
     prepare_activations(model, config.model.activation_checkpointing, leaf_layers=stage == 3)
     optimizer = build_optimizer(model, config.optimizer)
     schedule = build_schedule(optimizer, config.optimizer, total_steps)

@@ -71,7 +71,7 @@ def _shard_linears(base: nn.Module, placement: dict[str, BaseKind], mesh: Mesh) 
             siblings[name.rpartition(".")[0]].append(outer)
         elif isinstance(outer, CoMoLLinear):
             outer.partial_sums = RowPartialSums(outer.base_layer)
-            outer.input_dropout = ShardedInputDropout(mesh)
+            outer.input_dropout = ShardedInputDropout(mesh.grid)
     for readers in siblings.values():
         shared = SharedInput(len(readers), mesh)
         for reader in readers:

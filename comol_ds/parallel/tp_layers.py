@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from comol_ds.adapters.routing import InputDropout, PartialSums, Routed
-from comol_ds.layout import Shard
+from comol_ds.layout import RankGrid, Shard
 from comol_ds.parallel.collectives import copy_to_tensor_parallel, sum_over_tensor_parallel
 from comol_ds.parallel.mesh import Mesh
 
@@ -89,9 +89,9 @@ class ShardedInputDropout(InputDropout):
     restores the default generators, draws the same mask again, and a resumed run continues with the same masks.
     """
 
-    def __init__(self, mesh: Mesh) -> None:
+    def __init__(self, grid: RankGrid) -> None:
         super().__init__()
-        self.ranks, self.rank = mesh.grid.tensor_parallel, mesh.grid.tp_rank
+        self.ranks, self.rank = grid.tensor_parallel, grid.tp_rank
 
     def forward(self, x: torch.Tensor, dropout: nn.Module) -> torch.Tensor:
         if not (self.training and isinstance(dropout, nn.Dropout) and dropout.p > 0):

@@ -14,6 +14,7 @@ from comol_ds.data.prepare import PreparedData, prepare_data
 from comol_ds.data.streaming import StreamingBatches
 from comol_ds.parallel import groups
 from comol_ds.parallel.assemble import Assembled, assemble, total_steps
+from comol_ds.parallel.consistency import check_same_batch, check_same_replicas
 from comol_ds.parallel.device import device
 from comol_ds.parallel.zero_partition import gather_adapter
 from comol_ds.training.checkpoint import load_checkpoint, peft_config, save_checkpoint
@@ -113,6 +114,9 @@ def train(state: Run) -> None:
     where = device()
     progress = tqdm(total=last, initial=plan.start_step, disable=not state.is_main, unit="step")
     for step, micro_batches in steps_from(state.batches, plan.start_step, last):
+        if step == plan.start_step + 1 or step % plan.config.parallel.consistency_check_steps == 0:
+            check_same_batch(micro_batches, step)
+            check_same_replicas(state.engine.module, step)
         result = train_step(state.assembled, micro_batches, state.router_load, where, step)
         state.metrics.add(result)
         progress.update()

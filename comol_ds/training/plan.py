@@ -15,6 +15,7 @@ from comol_ds.layout import BatchLayout, RankGrid, plan_batches, plan_grid
 from comol_ds.parallel.assemble import attach_adapter, build_schedule
 from comol_ds.parallel.device import prefers_bf16, supports_bf16
 from comol_ds.parallel.groups import World
+from comol_ds.parallel.start_adapter import check_start_adapter
 from comol_ds.parallel.tp_plan import check_placement, place_linears
 from comol_ds.parallel.zero_config import check_zero_block
 from comol_ds.parallel.zero_partition import count_parameters
@@ -220,11 +221,14 @@ def preview_parameters(model: PreTrainedModel, config: RunConfig) -> tuple[int, 
     """(trainable, all) parameters of the model with its adapter, which is attached here.
 
     Raises:
-        UserError: target modules or modules to save that match nothing in the model.
+        UserError: target modules or modules to save that match nothing in the model, an adapter to start from that
+            does not fit.
     """
     _check_modules_to_save(model, config.adapter.modules_to_save)
     with torch.device("meta"):
         adapted = attach_adapter(model, config.adapter, config.run.seed, bf16=False)
+    if config.adapter.adapter_name_or_path is not None:
+        check_start_adapter(adapted, config.adapter)
     return count_parameters(adapted)
 
 

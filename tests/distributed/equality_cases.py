@@ -31,13 +31,14 @@ class Case:
     steps: int = 6
     global_batch: int = 8
     targets: str = "all-linear"
+    tp_plan: str | None = None
 
     @property
     def name(self) -> str:
         return "-".join(map(str, asdict(self).values()))
 
     def run_config(self, models: str) -> RunConfig:
-        """Settings of this case; ``models`` holds one model folder per family."""
+        """Settings of this case; ``models`` holds one model folder per family, and plan files."""
         # SGD without Adam's normalization shows a wrong gradient scale; clipping at 0.05 is active in every step
         learning_rate = 0.5 if self.optim == "sgd" else 5e-3
         return RunConfig(
@@ -66,7 +67,9 @@ class Case:
                 max_steps=self.steps,
                 global_batch_size=self.global_batch,
             ),
-            parallel=ParallelSettings(tensor_parallel_size=self.tensor_parallel),
+            parallel=ParallelSettings(
+                tensor_parallel_size=self.tensor_parallel, tp_plan=self.tp_plan and f"{models}/{self.tp_plan}"
+            ),
             run=RunSettings(ds_config=f"ds_configs/{self.ds_config}.json", seed=7),
         )
 
@@ -114,24 +117,36 @@ def _tensor_parallel(tensor_parallel: int, family: str) -> list[Case]:
     ]
 
 
-def _variation(**changes: Any) -> Case:
+def variation(**changes: Any) -> Case:
     usual = {"ds_config": "zero3", "accumulation": 1, "optim": "sgd", "checkpointing": "none", "tensor_parallel": 2}
     return Case(**(usual | _TENSOR_PARALLEL | changes))
 
 
 # llama has as many key-value heads as TP2 ranks, llama_gqa4 as TP4 ranks
-TP2_CASES = _tensor_parallel(2, "llama")
+TP2_CASES = [
+    *_tensor_parallel(2, "llama"),
+    # beside a column-parallel base dropout acts on a replicated tensor: every rank draws one process's mask
+    *(
+        variation(ds_config=f"zero{stage}", targets="q_proj k_proj v_proj gate_proj up_proj", dropout=0.3)
+        for stage in (0, 3)
+    ),
+]
+# beside a row-parallel one the masks are the ranks' own: recomputation must find them again
+DROPOUT_CASES = [variation(checkpointing=checkpointing, dropout=0.3) for checkpointing in ("none", "full")]
 TP2_DP2_CASES = [
     *_tensor_parallel(2, "llama"),
-    *(_variation(ds_config=f"zero{stage}", checkpointing="full") for stage in (0, 1, 2, 3)),
-    *(_variation(ds_config=f"zero{stage}", accumulation=3, optim="adamw_torch") for stage in (0, 1, 2, 3)),
-    *(_variation(ds_config=f"zero{stage}", family="qwen3", accumulation=3) for stage in (0, 1, 2, 3)),
-    *(_variation(ds_config=f"zero{stage}", family="llama_tied") for stage in (0, 2, 3)),
-    *(_variation(family=family) for family in ("mistral", "gemma3", "qwen2", "llama_odd_vocabulary")),
-    *(_variation(ds_config=f"zero{stage}", router="input") for stage in (2, 3)),
-    _variation(targets="q_proj v_proj down_proj"),
-    _variation(ds_config="zero3_offload", accumulation=3),
+    *(variation(ds_config=f"zero{stage}", checkpointing="full") for stage in (0, 1, 2, 3)),
+    *(variation(ds_config=f"zero{stage}", accumulation=3, optim="adamw_torch") for stage in (0, 1, 2, 3)),
+    *(variation(ds_config=f"zero{stage}", family="qwen3", accumulation=3) for stage in (0, 1, 2, 3)),
+    *(variation(ds_config=f"zero{stage}", family="llama_tied") for stage in (0, 2, 3)),
+    *(variation(family=family) for family in ("mistral", "gemma3", "qwen2", "llama_odd_vocabulary")),
+    *(variation(ds_config=f"zero{stage}", router="input") for stage in (2, 3)),
+    variation(targets="q_proj v_proj down_proj"),
+    variation(ds_config="zero3_offload", accumulation=3),
+    # a plan that leaves the MLP whole: its weights are replicated, and partitioned over all four ranks
+    *(variation(ds_config=f"zero{stage}", tp_plan="attention_only.json") for stage in (0, 2, 3)),
 ]
-TP4_CASES = [*_tensor_parallel(4, "llama_gqa4"), _variation(family="qwen3_gqa4", tensor_parallel=4)]
+TP4_CASES = [*_tensor_parallel(4, "llama_gqa4"), variation(family="qwen3_gqa4", tensor_parallel=4)]
+TP_RESUME_CASES = [variation(ds_config=f"zero{stage}", optim="adamw_torch", dropout=0.1) for stage in (0, 1, 2, 3)]
 
-SUITES = {"zero": CASES + BF16_CASES, "tp2": TP2_CASES, "tp4": TP4_CASES, "tp2dp2": TP2_DP2_CASES}
+SUITES = {"zero": CASES + BF16_CASES, "tp2": TP2_CASES + DROPOUT_CASES, "tp4": TP4_CASES, "tp2dp2": TP2_DP2_CASES}

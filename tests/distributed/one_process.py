@@ -26,6 +26,7 @@ def one_process(case: Case, models: str) -> dict:
     optimizer = build_optimizer(model, config.optimizer)
     schedule = build_schedule(optimizer, config.optimizer, case.steps)
     trainable = [p for p in model.parameters() if p.requires_grad]
+    torch.manual_seed(config.run.seed)  # dropout starts where a run's first data-parallel rank starts
     losses, norms, gates = [], [], {}
     for name, module in model.named_modules():
         if isinstance(module, Gates):
@@ -50,7 +51,9 @@ def one_process(case: Case, models: str) -> dict:
 
 def expected_of(case: Case, models: str) -> dict:
     """The reference of a case: layout, ZeRO stage, accumulation and checkpointing change nothing in one process."""
-    plain = dataclasses.replace(case, ds_config="zero3", accumulation=1, checkpointing="none", tensor_parallel=1)
+    plain = dataclasses.replace(
+        case, ds_config="zero3", accumulation=1, checkpointing="none", tensor_parallel=1, tp_plan=None
+    )
     return one_process(plain, models)
 
 

@@ -1,6 +1,6 @@
 """One rank of the resume test: every case trained through, and again in two halves with a checkpoint between them.
 
-Usage: deepspeed resume_worker.py MODELS OUTPUT_FOLDER
+Usage: deepspeed resume_worker.py MODELS OUTPUT_FOLDER; on four ranks the tensor-parallel cases.
 """
 
 import sys
@@ -16,7 +16,7 @@ from comol_ds.parallel.zero_partition import gather_adapter
 from comol_ds.training.checkpoint import RunIdentity, load_checkpoint, save_checkpoint
 from comol_ds.training.router_load import RouterLoad
 from tests.distributed.case_runner import build_case, run_steps
-from tests.distributed.equality_cases import RESUME_CASES, Case
+from tests.distributed.equality_cases import RESUME_CASES, TP_RESUME_CASES, Case
 
 
 def train(case: Case, models: str, world: groups.World, checkpoints: Path, steps: range) -> dict:
@@ -37,7 +37,8 @@ def main() -> None:
     models, output = sys.argv[-2:]
     world = groups.read_world()
     groups.initialize(world, timeout_minutes=2)
-    for case in RESUME_CASES:
+    for case in TP_RESUME_CASES if world.size == 4 else RESUME_CASES:
+        groups.arrange(case.tensor_parallel)
         half = case.steps // 2
         through = train(case, models, world, Path(output) / f"{case.name}-through", range(case.steps))
         halves = Path(output) / f"{case.name}-halves"

@@ -1,18 +1,20 @@
 """Tensor parallelism with every ZeRO stage on two and four ranks against one plain PyTorch process, in fp32."""
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
 
-from tests.distributed.equality_cases import SUITES
+from tests.distributed.equality_cases import DROPOUT_CASES, TP2_CASES, TP2_DP2_CASES, TP4_CASES
 from tests.distributed.launching import run_deepspeed
 from tests.distributed.one_process import assert_equal_router_load, assert_equal_training, expected_of
 from tests.tiny_models import FAMILIES, save_tiny_model
 
 pytestmark = pytest.mark.distributed
 RANKS = {"tp2": 2, "tp4": 4, "tp2dp2": 4}
-RUNS = [(suite, case) for suite in RANKS for case in SUITES[suite]]
+CASES = {"tp2": TP2_CASES, "tp4": TP4_CASES, "tp2dp2": TP2_DP2_CASES}
+RUNS = [(suite, case) for suite, cases in CASES.items() for case in cases]
 
 
 @pytest.fixture(scope="module")
@@ -20,6 +22,8 @@ def models(tmp_path_factory):
     folder = tmp_path_factory.mktemp("models")
     for family in FAMILIES:
         save_tiny_model(folder / family, family)
+    plan = {f"layers.*.self_attn.{name}_proj": "colwise" for name in "qkv"} | {"layers.*.self_attn.o_proj": "rowwise"}
+    (folder / "attention_only.json").write_text(json.dumps(plan))
     return folder
 
 
@@ -46,3 +50,8 @@ def test_equals_one_process(suite, case, trained, models):
     expected = expected_of(case, str(models))
     assert_equal_training(found, expected)
     assert_equal_router_load(found["load"], case, expected["load"])
+
+
+def test_recomputation_draws_the_masks_of_the_first_pass(trained):
+    plain, recomputed = (torch.load(trained("tp2") / f"{case.name}.pt") for case in DROPOUT_CASES)
+    assert_equal_training(recomputed, plain)

@@ -1,0 +1,72 @@
+"""What tensor parallelism sends and holds: the collectives of the frozen base and no more, and no gathered weight."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.distributed.launching import run_deepspeed
+from tests.tiny_models import FAMILIES, random_batch, save_tiny_model
+
+pytestmark = pytest.mark.distributed
+LLAMA = FAMILIES["llama"]
+TOKENS = random_batch(2, seed=0)["input_ids"].numel()
+RANK, LAYERS, HIDDEN = 5, LLAMA.num_hidden_layers, LLAMA.hidden_size
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory, extensions):
+    folder = tmp_path_factory.mktemp("structure")
+    save_tiny_model(folder / "llama")
+    plan = {f"layers.*.self_attn.{name}_proj": "colwise" for name in "qkv"} | {"layers.*.self_attn.o_proj": "rowwise"}
+    (folder / "attention_only.json").write_text(json.dumps(plan))
+    worker = Path(__file__).parent / "tp_structure_worker.py"
+    run = run_deepspeed(4, worker, [str(folder), str(folder)], extensions)
+    assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-4000:]
+    return json.loads((folder / "report.json").read_text())
+
+
+def test_forward_makes_the_collectives_of_the_frozen_base(report):
+    """The embedding, then o and down of each layer; h rides along, R wide."""
+    base = TOKENS * HIDDEN
+    assert report["count"]["frozen"]["forward"] == [base, *[base, base] * LAYERS]
+    assert report["count"]["adapted"]["forward"] == [base, *[base + TOKENS * RANK] * 2 * LAYERS]
+
+
+def test_backward_makes_the_collectives_of_the_frozen_base(report):
+    """The head's input, then of each layer one for gate and up, one for q, k and v; nothing for the adapters."""
+    expected = [TOKENS * HIDDEN] * (1 + 2 * LAYERS)
+    assert report["count"]["frozen"]["backward"] == expected
+    assert report["count"]["adapted"]["backward"] == expected
+
+
+def test_partial_gradients_are_summed_once_per_step(report):
+    """Accumulation 3: three times the passes, then one sum for the whole model and two norms (ours, DeepSpeed's)."""
+    step, partial = report["count"]["step"], report["count"]["partial"]
+    per_linear = RANK * HIDDEN + 3 * RANK * RANK + 3 * RANK
+    assert partial == LAYERS * 5 * per_linear
+    assert step.count(partial) == 1
+    assert step[step.index(partial) :] == [partial, 1, 1]
+
+
+def test_no_rank_holds_logits_of_the_whole_vocabulary(report):
+    logits, loss = report["count"]["adapted"]["logits"], report["count"]["adapted"]["loss"]
+    assert logits[-1] == LLAMA.vocab_size // 2
+    rows = random_batch(2, seed=0)["labels"][:, 1:].numel()
+    assert loss == [rows] * 3  # maximum, sum of exponentials, logit of the target: one number per token each
+
+
+def test_zero3_gathers_as_often_as_without_tensor_parallelism(report):
+    """Forward and backward: embedding, layers, norm and head."""
+    assert report["zero3"]["gathers"] == 2 * (LAYERS + 3)
+
+
+def test_no_gathered_weight_is_saved_for_backward(report):
+    assert report["zero3"]["views"] == []
+    assert any("q_proj" in name for name in report["zero3"]["planted"]), "a transposed view would have been seen"
+
+
+def test_replicated_matrices_are_spread_over_all_ranks(report):
+    """Slices over the two data-parallel ranks; vectors stay with the slices that they are gathered with."""
+    for name, ranks in report["groups"].items():
+        assert ranks == (4 if "mlp" in name else 2), name
