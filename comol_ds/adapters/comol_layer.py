@@ -20,6 +20,8 @@ from comol_ds.adapters.routing import Gates, InputDropout, PartialSums, Routed
 from comol_ds.adapters.table import AdapterParameter, AxisSizes, Table, parameter_names
 from comol_ds.errors import UserError
 
+ADAPTER = "default"  # PEFT's name for the adapter that get_peft_model attaches
+
 NO_MERGE = (
     "CoMoL has no exact merge: its core sum_e p_e C_e differs from token to token, a merged weight does not; use the "
     "adapter beside its base, or a static approximation, which is an export of its own "

@@ -3,8 +3,8 @@ leaf modules -> engine. Without tensor parallelism transformers builds and loads
 """
 
 import math
+from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import deepspeed
@@ -109,7 +109,7 @@ def build_skeleton(settings: ModelSettings, model_path: str, bf16: bool) -> PreT
             AutoConfig.from_pretrained(model_path), dtype=dtype, attn_implementation=settings.attn_implementation
         )
     model.tie_weights()  # init_empty_weights gave each place a parameter of its own
-    if (Path(model_path) / "generation_config.json").exists():
+    with suppress(OSError):  # a model need not have one
         model.generation_config = GenerationConfig.from_pretrained(model_path)
     return model.eval()
 

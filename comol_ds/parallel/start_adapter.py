@@ -6,11 +6,9 @@ import torch
 from peft import PeftModel
 
 from comol_ds.adapters.adapter_folder import read_adapter, read_config
-from comol_ds.adapters.comol_layer import CoMoLLinear
+from comol_ds.adapters.comol_layer import ADAPTER, CoMoLLinear
 from comol_ds.config import AdapterSettings
 from comol_ds.errors import UserError
-
-ADAPTER = "default"
 
 
 def check_start_adapter(model: PeftModel, settings: AdapterSettings) -> None:

@@ -13,7 +13,7 @@ import torch
 from peft import PeftModel
 from torch import nn
 
-from comol_ds.adapters.comol_layer import CoMoLLinear
+from comol_ds.adapters.comol_layer import ADAPTER, CoMoLLinear
 from comol_ds.adapters.table import AdapterParameter, BaseKind
 from comol_ds.parallel.mesh import Mesh
 from comol_ds.parallel.tp_layers import (
@@ -24,8 +24,6 @@ from comol_ds.parallel.tp_layers import (
     SharedInput,
 )
 from comol_ds.parallel.vocabulary import Vocabulary, VocabularyLookup
-
-ADAPTER = "default"
 
 
 def parallelize(model: PeftModel, placement: dict[str, BaseKind], mesh: Mesh, device: torch.device) -> Vocabulary:

@@ -20,6 +20,7 @@ import torch
 from peft import PeftConfig
 
 from comol_ds.adapters.adapter_folder import write_adapter
+from comol_ds.adapters.comol_layer import ADAPTER
 from comol_ds.errors import UserError
 from comol_ds.parallel.groups import World, together
 from comol_ds.parallel.rng import rng_state, set_rng_state
@@ -176,7 +177,7 @@ def _write_own_files(
 
 def peft_config(engine: Any) -> PeftConfig:
     """The adapter configuration of the engine's PEFT model."""
-    return engine.module.peft_config["default"]
+    return engine.module.peft_config[ADAPTER]
 
 
 def _commit(folder: Path, target: Path, limit: int | None) -> None:

@@ -52,7 +52,13 @@ def plan_run(config: RunConfig, world: World) -> RunPlan:
     """
     template = load_ds_json(config.run.ds_config)
     tensor_parallel = tensor_parallel_size(template, config.parallel.tensor_parallel_size)
-    grid = plan_grid(world.rank, world.size, tensor_parallel, world.local_size, config.parallel.allow_cross_node_tp)
+    across = config.parallel.allow_cross_node_tp
+    grid = plan_grid(world.rank, world.size, tensor_parallel, world.local_size, across)
+    if grid.tp_rank != world.local_rank % tensor_parallel and not across:
+        raise UserError(
+            f"rank {world.rank} is number {world.local_rank} of its node: consecutive ranks lie on different nodes;"
+            " start srun with --distribution=block, or accept the slower links with --allow_cross_node_tp"
+        )
     batches = plan_batches(
         grid.data_parallel, config.optimizer.per_device_train_batch_size, config.optimizer.global_batch_size
     )

@@ -135,18 +135,29 @@ TP2_CASES = [
 DROPOUT_CASES = [variation(checkpointing=checkpointing, dropout=0.3) for checkpointing in ("none", "full")]
 TP2_DP2_CASES = [
     *_tensor_parallel(2, "llama"),
+    variation(family="qwen3", accumulation=3),
+    variation(family="llama_tied"),
+    variation(ds_config="zero3_offload", accumulation=3),
+]
+TP2_DP2_VARIATIONS = [
     *(variation(ds_config=f"zero{stage}", checkpointing="full") for stage in (0, 1, 2, 3)),
     *(variation(ds_config=f"zero{stage}", accumulation=3, optim="adamw_torch") for stage in (0, 1, 2, 3)),
-    *(variation(ds_config=f"zero{stage}", family="qwen3", accumulation=3) for stage in (0, 1, 2, 3)),
-    *(variation(ds_config=f"zero{stage}", family="llama_tied") for stage in (0, 2, 3)),
+    *(variation(ds_config=f"zero{stage}", family="qwen3", accumulation=3) for stage in (0, 1, 2)),
+    *(variation(ds_config=f"zero{stage}", family="llama_tied") for stage in (0, 2)),
     *(variation(family=family) for family in ("mistral", "gemma3", "qwen2", "llama_odd_vocabulary")),
     *(variation(ds_config=f"zero{stage}", router="input") for stage in (2, 3)),
     variation(targets="q_proj v_proj down_proj"),
-    variation(ds_config="zero3_offload", accumulation=3),
     # a plan that leaves the MLP whole: its weights are replicated, and partitioned over all four ranks
     *(variation(ds_config=f"zero{stage}", tp_plan="attention_only.json") for stage in (0, 2, 3)),
 ]
+TP_BF16_CASES = [variation(ds_config=f"zero{stage}", optim="adamw_torch", bf16=True) for stage in (1, 2, 3)]
 TP4_CASES = [*_tensor_parallel(4, "llama_gqa4"), variation(family="qwen3_gqa4", tensor_parallel=4)]
 TP_RESUME_CASES = [variation(ds_config=f"zero{stage}", optim="adamw_torch", dropout=0.1) for stage in (0, 1, 2, 3)]
 
-SUITES = {"zero": CASES + BF16_CASES, "tp2": TP2_CASES + DROPOUT_CASES, "tp4": TP4_CASES, "tp2dp2": TP2_DP2_CASES}
+SUITES = {
+    "zero": CASES + BF16_CASES,
+    "tp2": TP2_CASES + DROPOUT_CASES,
+    "tp4": TP4_CASES,
+    "tp2dp2": TP2_DP2_CASES + TP_BF16_CASES,
+    "tp2dp2-variations": TP2_DP2_VARIATIONS,
+}

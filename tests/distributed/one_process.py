@@ -66,6 +66,16 @@ def assert_equal_training(found: dict, expected: dict) -> None:
     assert worst <= TOLERANCE
 
 
+def assert_bf16_training(found: dict, case: Case, models: str) -> None:
+    """Losses near those of fp32, and an adapter from the fp32 master copy, not the working copy."""
+    expected = expected_of(dataclasses.replace(case, bf16=False), models)
+    # bfloat16 has 8 bits: 2^-8 = 0.4 % per rounding, and a loss averages over many tokens
+    assert found["losses"] == pytest.approx(expected["losses"], rel=2**-8)
+    down = next(tensor for name, tensor in found["weights"].items() if name.endswith("comol_A"))
+    assert down.dtype == torch.float32
+    assert not torch.equal(down, down.bfloat16().float())
+
+
 def assert_equal_router_load(found: dict, case: Case, expected: dict) -> None:
     """Every token counts once, with the gates of the reference."""
     steps = range(case.steps)

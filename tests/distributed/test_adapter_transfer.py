@@ -50,7 +50,9 @@ def logits_in_one_process(folder: Path, adapter: str | None) -> torch.Tensor:
         model = PeftModel.from_pretrained(model, str(folder / adapter))
     batch = random_batch(4, seed=99)
     with torch.no_grad():
-        return model.eval()(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False).logits
+        return model.eval()(
+            input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False
+        ).logits
 
 
 def test_one_process_loads_what_was_trained(router, folder):

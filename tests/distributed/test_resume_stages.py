@@ -27,11 +27,14 @@ def folder_of(tmp_path_factory, extensions):
     return train
 
 
-RUNS = [*((2, case) for case in RESUME_CASES), *((4, case) for case in TP_RESUME_CASES)]
+RUNS = [
+    *(pytest.param(2, case, id=f"2-{case.name}") for case in RESUME_CASES),
+    *(pytest.param(4, case, id=f"4-{case.name}", marks=pytest.mark.slow) for case in TP_RESUME_CASES),
+]
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize(("ranks", "case"), RUNS, ids=[f"{ranks}-{case.name}" for ranks, case in RUNS])
+@pytest.mark.parametrize(("ranks", "case"), RUNS)
 def test_resumed_steps_are_bit_equal(ranks, case, folder_of):
     outcome = torch.load(folder_of(ranks) / f"{case.name}.pt")
     through, resumed = outcome["through"], outcome["resumed"]

@@ -6,15 +6,36 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.distributed.equality_cases import DROPOUT_CASES, TP2_CASES, TP2_DP2_CASES, TP4_CASES
+from tests.distributed.equality_cases import (
+    DROPOUT_CASES,
+    TP2_CASES,
+    TP2_DP2_CASES,
+    TP2_DP2_VARIATIONS,
+    TP4_CASES,
+    TP_BF16_CASES,
+)
 from tests.distributed.launching import run_deepspeed
-from tests.distributed.one_process import assert_equal_router_load, assert_equal_training, expected_of
+from tests.distributed.one_process import (
+    assert_bf16_training,
+    assert_equal_router_load,
+    assert_equal_training,
+    expected_of,
+)
 from tests.tiny_models import FAMILIES, save_tiny_model
 
 pytestmark = pytest.mark.distributed
-RANKS = {"tp2": 2, "tp4": 4, "tp2dp2": 4}
-CASES = {"tp2": TP2_CASES, "tp4": TP4_CASES, "tp2dp2": TP2_DP2_CASES}
-RUNS = [(suite, case) for suite, cases in CASES.items() for case in cases]
+RANKS = {"tp2": 2, "tp2dp2": 4, "tp4": 4, "tp2dp2-variations": 4}
+CASES = {"tp2": TP2_CASES, "tp2dp2": TP2_DP2_CASES, "tp4": TP4_CASES, "tp2dp2-variations": TP2_DP2_VARIATIONS}
+RUNS = [
+    pytest.param(
+        suite,
+        case,
+        id=f"{suite}-{case.name}",
+        marks=[pytest.mark.slow] if suite in ("tp4", "tp2dp2-variations") else [],
+    )
+    for suite, cases in CASES.items()
+    for case in cases
+]
 
 
 @pytest.fixture(scope="module")
@@ -44,12 +65,17 @@ def trained(models, tmp_path_factory, extensions):
     return train
 
 
-@pytest.mark.parametrize(("suite", "case"), RUNS, ids=[f"{suite}-{case.name}" for suite, case in RUNS])
+@pytest.mark.parametrize(("suite", "case"), RUNS)
 def test_equals_one_process(suite, case, trained, models):
     found = torch.load(trained(suite) / f"{case.name}.pt")
     expected = expected_of(case, str(models))
     assert_equal_training(found, expected)
     assert_equal_router_load(found["load"], case, expected["load"])
+
+
+@pytest.mark.parametrize("case", TP_BF16_CASES, ids=lambda case: case.name)
+def test_bf16_stays_near_fp32_and_saves_master_weights(case, trained, models):
+    assert_bf16_training(torch.load(trained("tp2dp2") / f"{case.name}.pt"), case, str(models))
 
 
 def test_recomputation_draws_the_masks_of_the_first_pass(trained):

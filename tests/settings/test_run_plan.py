@@ -145,6 +145,19 @@ def test_a_group_on_two_nodes_must_be_asked_for(config):
     assert plan_run(config, World(0, 2, 0, local_size=1)).grid.tensor_parallel == 2
 
 
+def test_consecutive_ranks_on_different_nodes_must_be_asked_for(config):
+    """srun --distribution=cyclic over two nodes of two: rank 1 is the first of the second node."""
+    config = replace(config, parallel=ParallelSettings(tensor_parallel_size=2))
+    with pytest.raises(UserError) as error:
+        plan_run(config, World(1, 4, 0, local_size=2))
+    assert str(error.value) == (
+        "rank 1 is number 0 of its node: consecutive ranks lie on different nodes; start srun with"
+        " --distribution=block, or accept the slower links with --allow_cross_node_tp"
+    )
+    config.parallel.allow_cross_node_tp = True
+    assert plan_run(config, World(1, 4, 0, local_size=2)).grid.tp_rank == 1
+
+
 def test_identity_names_the_first_difference(config, tmp_path):
     identity = plan_run(config, World(0, 2, 0)).identity
     stored = {**vars(identity), "adapter": dict(identity.adapter)}

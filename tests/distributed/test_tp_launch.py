@@ -1,0 +1,98 @@
+"""The launcher under TP2 x DP2 with ZeRO-3: real GSM8K records, an adapter that one process reproduces, a resume."""
+
+import os
+import shutil
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from comol_ds.adapters.adapter_folder import read_adapter
+from comol_ds.config_parser import parse_run_config
+from comol_ds.data.batches import EvalBatches
+from comol_ds.data.prepare import prepare_data
+from comol_ds.parallel.vocabulary import Vocabulary
+from comol_ds.training.loss import count_targets, token_losses
+from tests.data.data_helpers import real_data
+from tests.distributed.launching import REPOSITORY, run_deepspeed
+from tests.distributed.test_run_and_resume import json_lines
+from tests.tiny_models import save_tiny_model
+
+pytestmark = pytest.mark.distributed
+LAUNCHER = REPOSITORY / "launch" / "train.py"
+STEPS = 6
+
+
+def arguments(model, output, *extra: str) -> list[str]:
+    settings = {
+        "ds_config": REPOSITORY / "ds_configs" / "zero3_tp2.json", "model_name_or_path": model,
+        "dataset": real_data("gsm8k/train.jsonl"), "output_dir": output, "max_steps": STEPS, "save_steps": 3,
+        "max_train_records": 40, "max_eval_records": 10, "max_generate_records": 4, "max_new_tokens": 4,
+        "per_device_train_batch_size": 2, "global_batch_size": 8, "max_length": 512, "lora_dropout": 0.1,
+        "learning_rate": 5e-3, "logging_steps": 1, "consistency_check_steps": 2, "activation_checkpointing": "full",
+    }  # fmt: skip
+    return [*(word for name, value in settings.items() for word in (f"--{name}", str(value))), *extra]
+
+
+@pytest.fixture(scope="module")
+def first_run(tmp_path_factory, extensions):
+    """(model folder, run folder, what rank 0 printed)"""
+    folder = tmp_path_factory.mktemp("run")
+    os.environ["HF_DATASETS_CACHE"] = str(folder / "cache")
+    model = save_tiny_model(folder / "model")
+    run = run_deepspeed(4, LAUNCHER, arguments(model, folder / "out"), extensions)
+    assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-4000:]
+    yield model, folder / "out", run.stdout
+    del os.environ["HF_DATASETS_CACHE"]
+
+
+def test_the_run_says_how_the_ranks_are_divided(first_run):
+    assert "batches: 2 micro x 2 accumulation x 2 data-parallel = 8 global;" in first_run[2]
+    assert "2 tensor-parallel x 2 data-parallel = 4 ranks" in first_run[2]
+    assert [line["step"] for line in json_lines(first_run[1] / "metrics.jsonl")] == list(range(1, STEPS + 1))
+
+
+def test_one_process_reproduces_the_evaluation(first_run):
+    model_path, out, _ = first_run
+    tokenizer = AutoTokenizer.from_pretrained(model_path)
+    config = parse_run_config(["--config", str(out / "config.yaml")])
+    data = prepare_data(config.data, tokenizer, config.run.seed)
+    base = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32)
+    model = PeftModel.from_pretrained(base, str(out / "adapter")).eval()
+    loss, count = 0.0, 0
+    with torch.no_grad():
+        for batch in EvalBatches(data.validation, 4, 0, 1, tokenizer.pad_token_id):
+            logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+            loss += token_losses(logits, batch["labels"], Vocabulary()).sum().item()
+            count += count_targets(batch["labels"])
+    last = json_lines(out / "evaluations.jsonl")[-1]["tasks"]["all"]
+    assert (last["tokens"], last["generated"]) == (count, 4)
+    assert last["loss"] == pytest.approx(loss / count, rel=1e-5)
+
+
+def test_resume_is_bit_equal_at_the_same_layout_and_refused_at_another(first_run, tmp_path, extensions):
+    model, out, _ = first_run
+    copy = tmp_path / "out"
+    shutil.copytree(out, copy)
+    shutil.rmtree(copy / "adapter")
+    shutil.rmtree(copy / "checkpoints" / f"step_{STEPS}")
+    refused = run_deepspeed(
+        4,
+        LAUNCHER,
+        arguments(model, copy, "--resume_from_checkpoint", "--ds_config", "ds_configs/zero3.json"),
+        extensions,
+    )
+    assert refused.returncode == 2
+    assert "was written with tensor_parallel = 2, this run has 1; resume with the same" in refused.stderr
+    run = run_deepspeed(4, LAUNCHER, arguments(model, copy, "--resume_from_checkpoint"), extensions)
+    assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-4000:]
+    assert f"step 3 of {STEPS}" in run.stdout
+    before, after = (
+        [(line["step"], line["loss"], line["grad_norm"]) for line in json_lines(folder / "metrics.jsonl")]
+        for folder in (out, copy)
+    )
+    assert after == before
+    expected, found = read_adapter(out / "adapter")[1], read_adapter(copy / "adapter")[1]
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
