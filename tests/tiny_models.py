@@ -29,6 +29,7 @@ FAMILIES: dict[str, PretrainedConfig] = {
     "llama": LlamaConfig(**_SIZES),
     "llama_tied": LlamaConfig(**_SIZES, tie_word_embeddings=True),
     "llama_gqa4": LlamaConfig(**_SIZES | _FOUR_KV_HEADS),
+    "llama_bias": LlamaConfig(**_SIZES, attention_bias=True, mlp_bias=True),
     "llama_odd_vocabulary": LlamaConfig(**_SIZES | {"vocab_size": VOCABULARY + 1}),
     "qwen2": Qwen2Config(**{name: size for name, size in _SIZES.items() if name != "head_dim"}),
     "qwen3": Qwen3Config(**_SIZES),
@@ -41,7 +42,12 @@ FAMILIES: dict[str, PretrainedConfig] = {
 def save_tiny_model(folder: Path, family: str = "llama", seed: int = 0) -> Path:
     """Write a random fp32 model of a family with a tokenizer; returns the folder."""
     torch.manual_seed(seed)
-    AutoModelForCausalLM.from_config(FAMILIES[family]).save_pretrained(folder)
+    model = AutoModelForCausalLM.from_config(FAMILIES[family])
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):
+                parameter.normal_(std=0.02)  # transformers starts them at zero, where nothing shows that one is lost
+    model.save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)
     return folder
 

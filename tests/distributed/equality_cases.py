@@ -144,6 +144,7 @@ TP2_DP2_VARIATIONS = [
     *(variation(ds_config=f"zero{stage}", accumulation=3, optim="adamw_torch") for stage in (0, 1, 2, 3)),
     *(variation(ds_config=f"zero{stage}", family="qwen3", accumulation=3) for stage in (0, 1, 2)),
     *(variation(ds_config=f"zero{stage}", family="llama_tied") for stage in (0, 2)),
+    *(variation(ds_config=f"zero{stage}", family="llama_bias") for stage in (0, 3)),
     *(variation(family=family) for family in ("mistral", "gemma3", "qwen2", "llama_odd_vocabulary")),
     *(variation(ds_config=f"zero{stage}", router="input") for stage in (2, 3)),
     variation(targets="q_proj v_proj down_proj"),
