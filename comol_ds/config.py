@@ -4,6 +4,7 @@ A flag can stand on the command line or in the YAML file given with ``--config``
 `comol_ds.config_parser` reads them; no torch here.
 """
 
+import re
 from dataclasses import asdict, dataclass, field
 from typing import Any, ClassVar, Literal
 
@@ -26,13 +27,39 @@ class ModelSettings:
     _argument_group_name: ClassVar[str] = "model"
 
     model_name_or_path: str | None = option(None, "Model folder or hub name. None: the embedded default.")
+    tokenizer_name: str | None = option(None, "Folder or hub name of the tokenizer. None: the model's.")
+    init_random: bool = option(
+        False, "Draw the base's weights instead of reading them: --model_name_or_path needs a config.json only."
+    )
     attn_implementation: Literal["sdpa", "eager", "flash_attention_2"] = option("sdpa", "Attention kernel.")
     bf16: bool | None = option(
         None, "Compute and store the frozen base in bfloat16 (true|false). None: true on a GPU that has it."
     )
-    activation_checkpointing: Literal["none", "full"] = option(
-        "none", "full: keep only each decoder layer's input and recompute the rest in backward."
+    activation_checkpointing: str = option(
+        "none",
+        "full: keep only each decoder layer's input and recompute the rest in backward. selective:N: so for every N-th"
+        " layer. none: keep all.",
     )
+    activation_offload: Literal["none", "cpu"] = option(
+        "none",
+        "cpu: what the decoder layers keep for backward waits in host memory: their inputs with"
+        " --activation_checkpointing full, all they save with none.",
+    )
+    partition_activations: bool = option(
+        False,
+        "Each tensor-parallel rank keeps its part of the layers' inputs only; needs --activation_checkpointing full.",
+    )
+
+    @property
+    def tokenizer_path(self) -> str | None:
+        """Where the tokenizer is read from."""
+        return self.tokenizer_name or self.model_name_or_path
+
+    @property
+    def checkpointed_every(self) -> int:
+        """Every how many decoder layers one is checkpointed: 0 for none, 1 for full, N for selective:N."""
+        mode, _, interval = self.activation_checkpointing.partition(":")
+        return int(interval) if mode == "selective" else {"none": 0, "full": 1}[mode]
 
 
 @dataclass
@@ -239,6 +266,11 @@ _RANGES = [
     ("max_length", lambda v: v > 1, "must be at least 2: the first token of a record has no loss"),
     ("num_train_epochs", lambda v: v > 0, "must be positive"),
     ("collective_timeout_minutes", lambda v: v > 0, "must be positive"),
+    (
+        "activation_checkpointing",
+        lambda v: re.fullmatch(r"none|full|selective:([2-9]|[1-9]\d+)", v, re.ASCII),
+        "must be none, full, or selective:N with a whole number N of at least 2",
+    ),
     ("report_to", lambda v: not set(v) - {"tensorboard", "wandb", "none"}, "choose from tensorboard, wandb, none"),
 ]
 
@@ -268,6 +300,11 @@ def _check_combinations(config: RunConfig) -> None:
     if config.adapter.adapter_name_or_path is not None and config.adapter.modules_to_save:
         raise UserError(
             "--adapter_name_or_path with --modules_to_save: modules trained whole cannot start from a folder; drop one"
+        )
+    if config.model.partition_activations and config.model.activation_checkpointing != "full":
+        raise UserError(
+            f"--partition_activations with --activation_checkpointing {config.model.activation_checkpointing}: it"
+            " divides the layers' inputs, which is what full keeps; set --activation_checkpointing full"
         )
     if run.overwrite_output_dir and run.resume_from_checkpoint:
         raise UserError("--overwrite_output_dir deletes what --resume_from_checkpoint would read; give one of them")

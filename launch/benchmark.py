@@ -1,15 +1,18 @@
 """Measure this package against its neighbors.
 
-Example: python launch/benchmark.py layer --json layer.json
+Examples: python launch/benchmark.py layer --json layer.json
+          python launch/benchmark.py load --gigabytes 2 --json load.json
 """
 
 import argparse
 import json
 import sys
+import tempfile
 from pathlib import Path
 
 import torch
 
+from comol_ds.benchmark import load
 from comol_ds.benchmark.layer import DTYPES, LayerCase, machine, measure_layer, table
 
 
@@ -29,12 +32,29 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     layer.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES), metavar="DTYPE")
     layer.add_argument("--rounds", type=int, default=15, help="timed turns of every contender, after 3 for warming up")
     layer.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
-    layer.add_argument("--json", type=Path, metavar="OUT", help="also write the results here")
+    loading = suites.add_parser(
+        "load",
+        help="a checkpoint on several ranks: seconds, bytes read and host memory, beside transformers under ZeRO-3",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    loading.add_argument("--gigabytes", type=float, default=2.0, help="size of the random bf16 checkpoint, in 2^30")
+    loading.add_argument("--ranks", type=int, default=2)
+    loading.add_argument("--rounds", type=int, default=3, help="loads of every contender")
+    loading.add_argument("--folder", type=Path, help="an existing folder on the disk to measure; default: temporary")
+    for suite in (layer, loading):
+        suite.add_argument("--json", type=Path, metavar="OUT", help="also write the results here")
     return parser.parse_args(arguments)
 
 
 def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
+    report = {"layer": run_layer, "load": run_load}[options.suite](options)
+    if options.json:
+        options.json.write_text(json.dumps(report, indent=2) + "\n")
+    return 0
+
+
+def run_layer(options: argparse.Namespace) -> dict:
     sizes = (options.tokens, options.in_features, options.out_features, options.r, options.num_experts)
     report = {"machine": machine(options.device), "results": []}
     print(", ".join(f"{key} {value}" for key, value in report["machine"].items()))
@@ -42,9 +62,16 @@ def main(arguments: list[str] | None = None) -> int:
         result = measure_layer(LayerCase(*sizes, dtype, options.device), options.rounds)
         report["results"].append(result)
         print(f"\n{table(result)}", flush=True)
-    if options.json:
-        options.json.write_text(json.dumps(report, indent=2) + "\n")
-    return 0
+    return report
+
+
+def run_load(options: argparse.Namespace) -> dict:
+    with tempfile.TemporaryDirectory(dir=options.folder) as folder:
+        case = load.LoadCase(Path(folder), options.gigabytes, options.ranks)
+        result = load.measure_load(case, options.rounds)
+    report = {"machine": machine("cuda" if torch.cuda.is_available() else "cpu"), "results": [result]}
+    print(load.table(result), flush=True)
+    return report
 
 
 if __name__ == "__main__":

@@ -1,5 +1,5 @@
-"""One function, one stated order: build the base -> attach adapters -> tensor parallelism -> load -> checkpointing and
-leaf modules -> engine. Without tensor parallelism transformers builds and loads in one go.
+"""One function, one stated order for every layout: build the base on meta -> attach adapters -> tensor parallelism ->
+load -> checkpointing and leaf modules -> engine.
 """
 
 import math
@@ -11,24 +11,27 @@ import deepspeed
 import torch
 from accelerate import init_empty_weights
 from peft import PeftModel, get_peft_model
-from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel, get_scheduler
 from transformers.initialization import no_init_weights
-from transformers.integrations import HfDeepSpeedConfig
+from transformers.integrations import HfDeepSpeedConfig, is_deepspeed_zero3_enabled
 
+from comol_ds.adapters.comol_layer import ADAPTER, CoMoLLinear
 from comol_ds.adapters.config import CoMoLConfig
 from comol_ds.config import AdapterSettings, ModelSettings, OptimizerSettings, RunConfig
 from comol_ds.ds_config import zero_stage
 from comol_ds.errors import UserError, one_line
 from comol_ds.parallel import groups
+from comol_ds.parallel.activations import prepare_activations
 from comol_ds.parallel.gradients import Gradients
 from comol_ds.parallel.loading import load_weights
 from comol_ds.parallel.mesh import Mesh
+from comol_ds.parallel.random_weights import draw_weights
 from comol_ds.parallel.start_adapter import load_start_adapter
 from comol_ds.parallel.tensor_parallel import parallelize
 from comol_ds.parallel.tp_plan import place_linears
 from comol_ds.parallel.vocabulary import Vocabulary
-from comol_ds.parallel.weight_files import WeightFiles
+from comol_ds.parallel.weight_files import StoredTensor, WeightFiles
+from comol_ds.parallel.weight_names import find_weights
 
 
 @dataclass
@@ -59,16 +62,13 @@ def assemble(config: RunConfig, model_path: str, ds_config: dict[str, Any], tota
         UserError: the model cannot be loaded, or the target modules match nothing.
     """
     stage, mesh = zero_stage(ds_config), groups.mesh()
-    if mesh.grid.tensor_parallel > 1:
-        model, vocabulary = build_sharded(config, model_path, ds_config, bf16, mesh)
-        hf_ds_config = HfDeepSpeedConfig(ds_config) if stage == 3 else None
-    else:
-        hf_ds_config = HfDeepSpeedConfig(ds_config) if stage == 3 else None
-        model = build_base(config.model, model_path, bf16)
-        model, vocabulary = attach_adapter(model, config.adapter, config.run.seed, bf16), Vocabulary()
+    model, vocabulary = build_model(config, model_path, ds_config, bf16, mesh)
+    # not earlier: while it lives, transformers partitions what it builds, and draws and broadcasts values
+    hf_ds_config = HfDeepSpeedConfig(ds_config) if stage == 3 else None
     if config.adapter.adapter_name_or_path is not None:
         load_start_adapter(model, config.adapter.adapter_name_or_path)
-    prepare_activations(model, config.model.activation_checkpointing, leaf_layers=stage == 3)
+    vocabulary.watch_head(model.get_base_model().get_output_embeddings())
+    prepare_activations(model, config.model, mesh, leaf_layers=stage == 3)
     optimizer = build_optimizer(model, config.optimizer)
     schedule = build_schedule(optimizer, config.optimizer, total_steps)
     engine, *_ = deepspeed.initialize(
@@ -84,29 +84,58 @@ def assemble(config: RunConfig, model_path: str, ds_config: dict[str, Any], tota
     return Assembled(engine, vocabulary, Gradients(engine, mesh), hf_ds_config)
 
 
-def build_sharded(
+def build_model(
     config: RunConfig, model_path: str, ds_config: dict[str, Any], bf16: bool, mesh: Mesh
 ) -> tuple[PeftModel, Vocabulary]:
-    """This rank's slices of base and adapter: built on meta, adapted, sharded, then loaded slice by slice."""
+    """This rank's part of base and adapter: built on meta, adapted, sharded, then read from the files into place.
+
+    With bf16 the adapter's working copy is bfloat16 like the base's: ZeRO keeps the fp32 master weights, gathers base
+    and adapter in one buffer, and that buffer has one dtype.
+
+    Raises:
+        UserError: no such model, weights that do not belong to it or cannot be read, or target modules that match
+            nothing; on every rank.
+    """
     base = build_skeleton(config.model, model_path, bf16)
-    placement = place_linears(base, config.parallel.tp_plan)
-    whole_shapes = {name: parameter.shape for name, parameter in base.named_parameters()}
-    model = attach_adapter(base, config.adapter, config.run.seed, bf16=False)
+    stored = None if config.model.init_random else locate_weights(base, model_path)
+    placement = place_linears(base, config.parallel.tp_plan) if mesh.grid.tensor_parallel > 1 else None
+    model = attach_adapter(base, config.adapter, config.run.seed)
     torch.manual_seed(config.run.seed)
-    vocabulary = parallelize(model, placement, mesh, torch.device("cpu"))
+    if placement is None:
+        draw_adapters(model)
+        vocabulary = Vocabulary()
+    else:
+        vocabulary = parallelize(model, placement, mesh, torch.device("cpu"))
     if bf16:
         to_bf16(model)
-    with WeightFiles(model_path) as files:
-        load_weights(model, files, whole_shapes, ds_config, mesh)
+    if stored is None:
+        draw_weights(model, base, ds_config, mesh, config.run.seed)
+    else:
+        load_weights(model, stored, ds_config, mesh)
     return model, vocabulary
 
 
 def build_skeleton(settings: ModelSettings, model_path: str, bf16: bool) -> PreTrainedModel:
-    """The base model without memory for its parameters; buffers, which the configuration determines, are real."""
+    """The base model without memory for its parameters; buffers, which the configuration determines, are real.
+
+    Raises:
+        UserError: no such model, or a quantized one.
+    """
+    assert not is_deepspeed_zero3_enabled(), "transformers would build it under its own zero.Init"
     dtype = torch.bfloat16 if bf16 else torch.float32
-    with no_init_weights(), init_empty_weights(include_buffers=False):
-        model = AutoModelForCausalLM.from_config(
-            AutoConfig.from_pretrained(model_path), dtype=dtype, attn_implementation=settings.attn_implementation
+    try:
+        model_config = AutoConfig.from_pretrained(model_path)
+        with no_init_weights(), init_empty_weights(include_buffers=False):
+            model = AutoModelForCausalLM.from_config(
+                model_config, dtype=dtype, attn_implementation=settings.attn_implementation
+            )
+    except (OSError, ValueError, ImportError) as error:
+        reason = one_line(error, limit=300)
+        raise UserError(f"--model_name_or_path {model_path} cannot be loaded: {reason}") from error
+    if getattr(model.config, "quantization_config", None) is not None:
+        raise UserError(
+            f"--model_name_or_path {model_path} is quantized (quantization_config in its config.json); use the model's"
+            " float32, bfloat16 or float16 weights"
         )
     model.tie_weights()  # init_empty_weights gave each place a parameter of its own
     with suppress(OSError):  # a model need not have one
@@ -114,36 +143,36 @@ def build_skeleton(settings: ModelSettings, model_path: str, bf16: bool) -> PreT
     return model.eval()
 
 
-def build_base(settings: ModelSettings, model_path: str, bf16: bool) -> PreTrainedModel:
-    """The frozen base, in the compute precision. Under ZeRO-3, transformers builds it partitioned (zero.Init).
+def locate_weights(base: PreTrainedModel, model_path: str) -> dict[str, StoredTensor]:
+    """Where the files hold each parameter of the whole base; one process per node downloads what is missing.
 
     Raises:
-        UserError: no such model, or files that transformers cannot read.
+        UserError: see `WeightFiles` and `find_weights`; on every rank.
     """
-    dtype = torch.bfloat16 if bf16 else torch.float32
-    try:
-        return AutoModelForCausalLM.from_pretrained(
-            model_path, dtype=dtype, attn_implementation=settings.attn_implementation
-        )
-    except (OSError, ValueError, ImportError, SafetensorError) as error:
-        reason = one_line(error, limit=300)
-        raise UserError(f"--model_name_or_path {model_path} cannot be loaded: {reason}") from error
+    world = groups.read_world()
+    groups.first_on_each_node(
+        world, "download the weights", lambda: WeightFiles(model_path) if world.local_rank == 0 else None
+    )
+    return groups.together("find the weights", lambda: find_weights(base, WeightFiles(model_path)))
 
 
-def attach_adapter(model: PreTrainedModel, settings: AdapterSettings, seed: int, bf16: bool) -> PeftModel:
-    """Freeze the base and wrap the target modules; the base's weights are neither read nor gathered.
+def attach_adapter(model: PreTrainedModel, settings: AdapterSettings, seed: int) -> PeftModel:
+    """Freeze the base and wrap the target modules; the base's weights are not read.
 
-    The adapter is drawn from ``seed`` alike on every rank. With bf16 its working copy is bfloat16 like the base's:
-    ZeRO keeps the fp32 master weights, gathers base and adapter in one buffer, and that buffer has one dtype.
+    On a real model the adapter is drawn from ``seed``; on meta it is only declared.
 
     Raises:
         UserError: the target modules match nothing in the model.
     """
     torch.manual_seed(seed)
-    model = get_peft_model(model, comol_config(settings))
-    if bf16:
-        to_bf16(model)
-    return model
+    return get_peft_model(model, comol_config(settings))
+
+
+def draw_adapters(model: PeftModel) -> None:
+    """Give declared adapters their initial values, in module order, on the CPU."""
+    for layer in model.modules():
+        if isinstance(layer, CoMoLLinear):
+            layer.draw_parameters(ADAPTER, torch.device("cpu"))
 
 
 def to_bf16(model: PeftModel) -> None:
@@ -170,23 +199,6 @@ def comol_config(settings: AdapterSettings) -> CoMoLConfig:
         target_modules=targets[0] if single_pattern else targets,
         modules_to_save=settings.modules_to_save,
     )
-
-
-def prepare_activations(model: PeftModel, checkpointing: str, leaf_layers: bool) -> None:
-    """Activation checkpointing, and one ZeRO-3 gather per decoder layer instead of one per Linear.
-
-    Both need the layers' inputs to require a gradient: the base below the first adapter is frozen.
-    """
-    base = model.get_base_model()
-    if checkpointing == "full":
-        base.gradient_checkpointing_enable({"use_reentrant": False})
-    if checkpointing == "full" or leaf_layers:
-        base.enable_input_require_grads()
-    if leaf_layers:
-        names = set(base._no_split_modules or [])
-        layers = {type(module) for module in base.modules() if type(module).__name__ in names}
-        if layers:
-            deepspeed.utils.set_z3_leaf_modules(model, list(layers))
 
 
 def build_optimizer(model: PeftModel, settings: OptimizerSettings) -> torch.optim.Optimizer:

@@ -1,6 +1,7 @@
 """Embedding and output head split over the vocabulary, and the loss on logits of which no rank holds more than V/K.
 
-Glossary: V vocabulary, K tensor-parallel ranks, N tokens. Shards may differ by one row when K does not divide V.
+Glossary: B batch, T sequence, V vocabulary, K tensor-parallel ranks, N tokens. Shards may differ by one row when K does
+not divide V.
 """
 
 from collections.abc import Iterator, Sequence
@@ -9,12 +10,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
-from deepspeed.sequence.cross_entropy import vocab_parallel_cross_entropy
 from torch import nn
 
+from comol_ds.adapters.comol_layer import CoMoLLinear
 from comol_ds.layout import Shard
 from comol_ds.parallel.collectives import sum_over_tensor_parallel
+from comol_ds.parallel.cross_entropy import cross_entropy
 from comol_ds.parallel.mesh import Mesh
 from comol_ds.parallel.tp_layers import shard_parameter
 
@@ -30,9 +31,32 @@ class Vocabulary:
     def __init__(self, mesh: Mesh | None = None, size: int = 0) -> None:
         self._mesh, self._size = mesh, size
         self._gathers = False
+        self._positions: torch.Tensor | None = None
+
+    def watch_head(self, head: nn.Module) -> None:
+        """Let `only` choose what the model's output head, with whatever is around it, computes logits of."""
+        if isinstance(head, CoMoLLinear):  # its router's statistics are of all tokens
+            head.register_forward_hook(lambda module, args, logits: self._select(logits))
+        else:  # before the input is shared over the ranks, so that backward sums the chosen positions only
+            head.register_forward_pre_hook(lambda module, args: (self._select(args[0]),), prepend=True)
+
+    @contextmanager
+    def only(self, positions: torch.Tensor) -> Iterator[None]:
+        """Inside, the model returns logits [1, n, V] of ``positions`` alone, [n] numbers below B*T, on the device."""
+        self._positions = positions
+        try:
+            yield
+        finally:
+            self._positions = None
+
+    def _select(self, x: torch.Tensor) -> torch.Tensor:
+        """[B, T, ...] -> [1, n, ...] inside `only`."""
+        return x if self._positions is None else x.flatten(0, 1).index_select(0, self._positions).unsqueeze(0)
 
     def cross_entropy(self, logits: torch.Tensor, targets: torch.Tensor, ignored: int) -> torch.Tensor:
-        """Cross-entropy per token in fp32, 0 where the target is ``ignored``.
+        """Cross-entropy per token in fp32, 0 where the target is ``ignored``, NaN where it is no id.
+
+        Backward writes the gradient over the logits if autograd computed them.
 
         Args:
             logits: [N, V], or this rank's [N, V/K], any float type.
@@ -42,18 +66,8 @@ class Vocabulary:
             [N], alike on all tensor-parallel ranks.
         """
         if self._mesh is None:
-            return F.cross_entropy(logits.float(), targets, ignore_index=ignored, reduction="none")
-        shard = self._shard()
-        return vocab_parallel_cross_entropy(
-            logits,
-            targets,
-            tp_group=self._mesh.tensor_group,
-            vocab_start_index=shard.start,
-            vocab_end_index=shard.stop,
-            global_vocab_size=self._size,
-            ignore_index=ignored,
-            reduction="none",
-        )
+            return cross_entropy(logits, targets, ignored)
+        return cross_entropy(logits, targets, ignored, self._shard().start, self._size, self._mesh.tensor_group)
 
     @contextmanager
     def whole_logits(self) -> Iterator[None]:

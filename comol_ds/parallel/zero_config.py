@@ -1,11 +1,13 @@
-"""DeepSpeed's own check of the ZeRO block, asked before anything is built."""
+"""What DeepSpeed would find out about the ZeRO block after the weights are loaded, asked before anything is built."""
 
 from typing import Any
 
+from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from pydantic import ValidationError
 
 from comol_ds.errors import UserError
+from comol_ds.parallel.groups import World
 
 
 def check_zero_block(ds_config: dict[str, Any]) -> None:
@@ -22,3 +24,31 @@ def check_zero_block(ds_config: dict[str, Any]) -> None:
         raise UserError(
             f"DeepSpeed JSON: {key} = {first['input']!r}: {first['msg']}; correct it or remove it"
         ) from error
+
+
+def check_zeropp(ds_config: dict[str, Any], world: World) -> None:
+    """Refuse ZeRO++ settings that this machine or this world cannot run.
+
+    Raises:
+        UserError: quantized frozen weights, quantized communication without a GPU, or hpZ groups that would lie on two
+            nodes.
+    """
+    block = ds_config["zero_optimization"]
+    if block.get("zero_quantized_nontrainable_weights"):
+        raise UserError(
+            "DeepSpeed JSON: zero_optimization.zero_quantized_nontrainable_weights is refused: DeepSpeed 0.19 quantizes"
+            " float16 weights only, and runs are bfloat16 or float32; remove it"
+        )
+    for key in ("zero_quantized_weights", "zero_quantized_gradients"):
+        if block.get(key) and get_accelerator().device_name() == "cpu":
+            raise UserError(
+                f"DeepSpeed JSON: zero_optimization.{key} needs DeepSpeed's CUDA kernels and this machine has no GPU;"
+                " remove it"
+            )
+    size = block.get("zero_hpz_partition_size", 1)
+    if size > 1 and world.local_size % size:
+        raise UserError(
+            f"DeepSpeed JSON: zero_optimization.zero_hpz_partition_size = {size} does not divide the"
+            f" {world.local_size} ranks of a node, within which it keeps a second copy; use {world.local_size}"
+            " or remove it"
+        )

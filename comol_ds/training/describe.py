@@ -6,17 +6,23 @@ import yaml
 
 from comol_ds.data.prepare import prepare_data
 from comol_ds.data.tokenization import format_example
+from comol_ds.errors import UserError
+from comol_ds.layout import RankGrid
+from comol_ds.planner.plan import Planner
+from comol_ds.planner.report import table
+from comol_ds.planner.request import Request
 from comol_ds.training.evaluation import Evaluation, comparison_table
 from comol_ds.training.plan import RunPlan, load_tokenizer
 
 
 def describe_run(plan: RunPlan) -> str:
-    """The resolved configuration, batch arithmetic, parameter counts, data report and one tokenized example.
+    """The resolved configuration, batch arithmetic, parameter counts, data report, the planned memory and
+    communication, and one tokenized example.
 
     Raises:
         UserError: the data cannot be used.
     """
-    tokenizer = load_tokenizer(plan.config.model.model_name_or_path)
+    tokenizer = load_tokenizer(plan.config.model.tokenizer_path)
     data = prepare_data(plan.config.data, tokenizer, plan.config.run.seed)
     example = next(iter(data.train))
     return "\n".join(
@@ -29,6 +35,8 @@ def describe_run(plan: RunPlan) -> str:
             batches_line(plan),
             parameters_line(plan),
             data.report.summary(),
+            "# memory and communication",
+            planned_table(plan),
             "# first training record, [[ ]] around what the loss counts",
             format_example(example, tokenizer),
         ]
@@ -49,6 +57,15 @@ def parameters_line(plan: RunPlan) -> str:
         f"trainable params: {plan.trainable_parameters:,d} || all params: {plan.all_parameters:,d}"
         f" || trainable%: {share:.4f}"
     )
+
+
+def planned_table(plan: RunPlan) -> str:
+    """What launch/plan.py would say of this world; why not, for a model that cannot be planned."""
+    rank_0 = RankGrid(0, plan.grid.size, plan.grid.tensor_parallel)
+    try:
+        return table(Planner().plan(Request(plan.config, plan.ds_config, rank_0, plan.batches, plan.world.local_size)))
+    except UserError as error:
+        return f"not planned: {error}"
 
 
 def result_lines(plan: RunPlan, evaluations: list[Evaluation]) -> list[str]:

@@ -83,7 +83,7 @@ def set_up(plan: RunPlan) -> Run:
     """Data, model, engine and run folder; continues a checkpoint if the plan found one."""
     config, world = plan.config, plan.world
     say(plan, *plan.passed_over, batches_line(plan), parameters_line(plan))
-    tokenizer = load_tokenizer(config.model.model_name_or_path)
+    tokenizer = load_tokenizer(config.model.tokenizer_path)
     data = groups.first_on_each_node(
         world, "prepare the data", lambda: prepare_data(config.data, tokenizer, config.run.seed)
     )

@@ -8,16 +8,17 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from comol_ds.config import OptimizerSettings, RunConfig
+from comol_ds.config import ModelSettings, OptimizerSettings, RunConfig
 from comol_ds.ds_config import load_ds_json, resolve_ds_config, tensor_parallel_size, zero_stage
 from comol_ds.errors import UserError, one_line
 from comol_ds.layout import BatchLayout, RankGrid, plan_batches, plan_grid
+from comol_ds.parallel.activations import check_activations
 from comol_ds.parallel.assemble import attach_adapter, build_schedule
 from comol_ds.parallel.device import prefers_bf16, supports_bf16
 from comol_ds.parallel.groups import World
 from comol_ds.parallel.start_adapter import check_start_adapter
 from comol_ds.parallel.tp_plan import check_placement, place_linears
-from comol_ds.parallel.zero_config import check_zero_block
+from comol_ds.parallel.zero_config import check_zero_block, check_zeropp
 from comol_ds.parallel.zero_partition import count_parameters
 from comol_ds.training.checkpoint import RunIdentity, find_checkpoint, read_step
 from comol_ds.training.run_folder import RunFolder
@@ -71,10 +72,13 @@ def plan_run(config: RunConfig, world: World) -> RunPlan:
     )
     ds_config = resolve_ds_config(template, config, batches, bf16)
     check_zero_block(ds_config)
+    check_zeropp(ds_config, world)
     check_schedule(config.optimizer)
     check_report_to(config.run.report_to)
     model = preview_model(config.model.model_name_or_path)
     check_tensor_parallel(model, config)
+    check_tokenizer(model, config.model)
+    check_activations(model, config.model, tensor_parallel)
     trainable, everything = preview_parameters(model, config)
     identity = identify(config, world, ds_config)
     folder = RunFolder(config.run.output_dir)
@@ -112,7 +116,7 @@ def identify(config: RunConfig, world: World, ds_config: dict[str, Any]) -> RunI
         micro_batch=config.optimizer.per_device_train_batch_size,
         seed=config.run.seed,
         optim=config.optimizer.optim,
-        model=config.model.model_name_or_path,
+        model=f"{config.model.model_name_or_path}{', random weights' if config.model.init_random else ''}",
         adapter=asdict(config.adapter),
         data={name: data[name] for name in _DECIDE_DATA_ORDER},
     )
@@ -199,7 +203,7 @@ def preview_model(path: str) -> PreTrainedModel:
     Raises:
         UserError: no such model.
     """
-    if (path.startswith((".", "/", "~")) or path.count("/") > 1) and not Path(path).is_dir():
+    if (path.startswith((".", "/", "~")) or path.count("/") > 1) and not Path(path).exists():
         raise UserError(f"--model_name_or_path {path}: no such folder; check the path")
     try:
         model_config = AutoConfig.from_pretrained(path)
@@ -223,6 +227,22 @@ def check_tensor_parallel(model: PreTrainedModel, config: RunConfig) -> None:
             check_placement(model, placement, tensor_parallel, config.adapter)
 
 
+def check_tokenizer(model: PreTrainedModel, settings: ModelSettings) -> None:
+    """Refuse a tokenizer of another model that has more ids than this model's embedding has rows.
+
+    Raises:
+        UserError: see above; or as `load_tokenizer` does.
+    """
+    if settings.tokenizer_name is None:
+        return
+    ids, rows = len(load_tokenizer(settings.tokenizer_name)), model.get_input_embeddings().num_embeddings
+    if ids > rows:
+        raise UserError(
+            f"--tokenizer_name {settings.tokenizer_name} has {ids} ids, the model's embedding {rows} rows; use the"
+            " model's own tokenizer"
+        )
+
+
 def preview_parameters(model: PreTrainedModel, config: RunConfig) -> tuple[int, int]:
     """(trainable, all) parameters of the model with its adapter, which is attached here.
 
@@ -232,7 +252,7 @@ def preview_parameters(model: PreTrainedModel, config: RunConfig) -> tuple[int, 
     """
     _check_modules_to_save(model, config.adapter.modules_to_save)
     with torch.device("meta"):
-        adapted = attach_adapter(model, config.adapter, config.run.seed, bf16=False)
+        adapted = attach_adapter(model, config.adapter, config.run.seed)
     if config.adapter.adapter_name_or_path is not None:
         check_start_adapter(adapted, config.adapter)
     return count_parameters(adapted)

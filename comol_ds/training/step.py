@@ -6,9 +6,10 @@ from typing import Any
 
 import torch
 
+from comol_ds.data.tokenization import IGNORED
 from comol_ds.parallel.assemble import Assembled
 from comol_ds.parallel.groups import gather_objects, mesh, sum_over_data_parallel
-from comol_ds.training.loss import count_targets, token_losses
+from comol_ds.training.loss import count_targets, positions_with_loss
 from comol_ds.training.router_load import RouterLoad
 
 
@@ -43,9 +44,7 @@ def train_step(
     engine, data_parallel = assembled.engine, mesh().grid.data_parallel
     local_losses = []
     for index, batch in enumerate(micro_batches):
-        with router_load.counting(valid_tokens(batch).to(device)):
-            logits = engine(**model_inputs(batch, device)).logits
-        loss_sum = token_losses(logits, batch["labels"].to(device), assembled.vocabulary).sum()
+        loss_sum = batch_loss(assembled, batch, router_load, device)
         engine.backward(loss_sum * (data_parallel / counts[0]), scale_wrt_gas=False)
         local_losses.append(loss_sum.detach())
         if index < len(micro_batches) - 1:
@@ -57,6 +56,17 @@ def train_step(
     if not math.isfinite(grad_norm):
         _stop("gradient norm", grad_norm, step, micro_batches, None)
     return StepResult(total, int(counts[0]), int(counts[1]), grad_norm)
+
+
+def batch_loss(
+    assembled: Assembled, batch: dict[str, Any], router_load: RouterLoad, device: torch.device
+) -> torch.Tensor:
+    """Forward pass over one micro-batch: the sum of its tokens' losses. Logits are computed where there is a loss."""
+    positions, targets = positions_with_loss(batch["labels"])
+    vocabulary = assembled.vocabulary
+    with router_load.counting(valid_tokens(batch).to(device)), vocabulary.only(positions.to(device)):
+        logits = assembled.engine(**model_inputs(batch, device)).logits  # [1, n, V]
+    return vocabulary.cross_entropy(logits.squeeze(0), targets.to(device), IGNORED).sum()
 
 
 def model_inputs(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:

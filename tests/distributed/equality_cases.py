@@ -32,6 +32,8 @@ class Case:
     global_batch: int = 8
     targets: str = "all-linear"
     tp_plan: str | None = None
+    offload: str = "none"
+    partition: bool = False
 
     @property
     def name(self) -> str:
@@ -43,7 +45,10 @@ class Case:
         learning_rate = 0.5 if self.optim == "sgd" else 5e-3
         return RunConfig(
             model=ModelSettings(
-                model_name_or_path=f"{models}/{self.family}", activation_checkpointing=self.checkpointing
+                model_name_or_path=f"{models}/{self.family}",
+                activation_checkpointing=self.checkpointing,
+                activation_offload=self.offload,
+                partition_activations=self.partition,
             ),
             adapter=AdapterSettings(
                 r=self.r,
@@ -82,6 +87,7 @@ CASES = [
         for optim in ("adamw_torch", "sgd")
         for checkpointing in ("none", "full")
     ),
+    Case("zero3_zeropp", 1, "sgd", "none"),
     Case("zero3_offload", 1, "adamw_torch", "none"),
     Case("zero3_offload", 4, "sgd", "full"),
     *(Case("zero3", 1, "adamw_torch", "full", family) for family in ("qwen3", "mistral", "gemma3")),
@@ -155,10 +161,61 @@ TP_BF16_CASES = [variation(ds_config=f"zero{stage}", optim="adamw_torch", bf16=T
 TP4_CASES = [*_tensor_parallel(4, "llama_gqa4"), variation(family="qwen3_gqa4", tensor_parallel=4)]
 TP_RESUME_CASES = [variation(ds_config=f"zero{stage}", optim="adamw_torch", dropout=0.1) for stage in (0, 1, 2, 3)]
 
+
+def _activations(zero: int, tensor_parallel: int, *modes: tuple[str, str, bool], dropout: float = 0.0) -> list[Case]:
+    """One case per mode: checkpointing, offload, partitioned."""
+    return [
+        variation(
+            ds_config=f"zero{zero}",
+            tensor_parallel=tensor_parallel,
+            checkpointing=checkpointing,
+            offload=offload,
+            partition=partition,
+            dropout=dropout,
+        )
+        for checkpointing, offload, partition in modes
+    ]
+
+
+# what layers keep, and where: checkpointing, offload, partitioned
+KEPT_ALL = ("none", "none", False)
+ON_HOST = [("none", "cpu", False), ("full", "cpu", False), ("selective:2", "cpu", False)]
+SELECTIVE = ("selective:2", "none", False)
+PARTITIONED = [("full", "none", True), ("full", "cpu", True)]
+ACTIVATION_CASES = [
+    *_activations(2, 1, ON_HOST[0]),
+    *_activations(3, 1, ON_HOST[0], ON_HOST[2]),
+    *_activations(0, 2, PARTITIONED[1]),
+    *_activations(3, 2, ON_HOST[2], PARTITIONED[0]),
+]
+ACTIVATION_DROPOUT_CASES = _activations(3, 2, KEPT_ALL, PARTITIONED[0], dropout=0.3)
+ACTIVATION_VARIATIONS = [
+    *_activations(2, 1, SELECTIVE, *ON_HOST[1:]),
+    *_activations(3, 1, SELECTIVE, ON_HOST[1]),
+    *_activations(0, 2, SELECTIVE, *ON_HOST, PARTITIONED[0]),
+    *_activations(3, 2, SELECTIVE, *ON_HOST[:2], PARTITIONED[1]),
+    variation(family="gemma3", checkpointing="full", partition=True, accumulation=3),
+    variation(family="llama_odd_vocabulary", checkpointing="full", partition=True),
+]
+ACTIVATION_DROPOUT_VARIATIONS = [
+    *_activations(2, 1, KEPT_ALL, SELECTIVE, *ON_HOST, dropout=0.3),
+    *_activations(3, 1, KEPT_ALL, SELECTIVE, *ON_HOST, dropout=0.3),
+    *_activations(0, 2, KEPT_ALL, SELECTIVE, *ON_HOST, *PARTITIONED, dropout=0.3),
+    *_activations(3, 2, KEPT_ALL, SELECTIVE, *ON_HOST, PARTITIONED[1], dropout=0.3),
+]
+
+# two micro-batches of two records per rank, all but one without a label
+BESIDE_NOTHING = [
+    variation(ds_config="zero3", tensor_parallel=1, accumulation=2, global_batch=8),
+    variation(ds_config="zero0", tensor_parallel=2, accumulation=2, global_batch=4),
+]
+
 SUITES = {
     "zero": CASES + BF16_CASES,
     "tp2": TP2_CASES + DROPOUT_CASES,
     "tp4": TP4_CASES,
     "tp2dp2": TP2_DP2_CASES + TP_BF16_CASES,
     "tp2dp2-variations": TP2_DP2_VARIATIONS,
+    "activations": ACTIVATION_CASES + ACTIVATION_DROPOUT_CASES,
+    "activations-variations": ACTIVATION_VARIATIONS + ACTIVATION_DROPOUT_VARIATIONS,
 }

@@ -6,10 +6,10 @@ from functools import cache
 import pytest
 import torch
 from torch.nn.utils import clip_grad_norm_
+from transformers import AutoModelForCausalLM
 
 from comol_ds.adapters.routing import Gates
-from comol_ds.config import ModelSettings
-from comol_ds.parallel.assemble import attach_adapter, build_base, build_optimizer, build_schedule
+from comol_ds.parallel.assemble import attach_adapter, build_optimizer, build_schedule
 from comol_ds.parallel.zero_partition import adapter_state_dict
 from tests.distributed.equality_cases import Case
 from tests.tiny_models import random_batch
@@ -21,8 +21,8 @@ TOLERANCE = 1e-5  # relative, fp32
 def one_process(case: Case, models: str) -> dict:
     """The literal loop: whole batch, mean over labelled tokens, clip, step. No DeepSpeed, no accumulation."""
     config = case.run_config(models)
-    base = build_base(ModelSettings(), config.model.model_name_or_path, bf16=False)
-    model = attach_adapter(base, config.adapter, config.run.seed, bf16=False)
+    base = AutoModelForCausalLM.from_pretrained(config.model.model_name_or_path, dtype=torch.float32)
+    model = attach_adapter(base, config.adapter, config.run.seed)
     optimizer = build_optimizer(model, config.optimizer)
     schedule = build_schedule(optimizer, config.optimizer, case.steps)
     trainable = [p for p in model.parameters() if p.requires_grad]
@@ -51,9 +51,8 @@ def one_process(case: Case, models: str) -> dict:
 
 def expected_of(case: Case, models: str) -> dict:
     """The reference of a case: layout, ZeRO stage, accumulation and checkpointing change nothing in one process."""
-    plain = dataclasses.replace(
-        case, ds_config="zero3", accumulation=1, checkpointing="none", tensor_parallel=1, tp_plan=None
-    )
+    everywhere = {"ds_config": "zero3", "accumulation": 1, "tensor_parallel": 1, "tp_plan": None}
+    plain = dataclasses.replace(case, **everywhere, checkpointing="none", offload="none", partition=False)
     return one_process(plain, models)
 
 

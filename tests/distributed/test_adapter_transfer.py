@@ -25,7 +25,7 @@ def base_model(folder: Path) -> torch.nn.Module:
 def write_random_adapter(folder: Path, router: str) -> None:
     """Every tensor random, B too, in a folder written by one process."""
     settings = variation(router=router).run_config(str(folder)).adapter
-    model = attach_adapter(base_model(folder), settings, seed=3, bf16=False)
+    model = attach_adapter(base_model(folder), settings, seed=3)
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
     with torch.no_grad():
         for parameter in trainable.values():

@@ -71,6 +71,7 @@ def test_one_process_reproduces_the_evaluation(first_run):
     assert last["loss"] == pytest.approx(loss / count, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_resume_is_bit_equal_at_the_same_layout_and_refused_at_another(first_run, tmp_path, extensions):
     model, out, _ = first_run
     copy = tmp_path / "out"

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from comol_ds.training.loss import count_targets
 from tests.distributed.launching import run_deepspeed
 from tests.tiny_models import FAMILIES, random_batch, save_tiny_model
 
@@ -52,8 +53,19 @@ def test_partial_gradients_are_summed_once_per_step(report):
 def test_no_rank_holds_logits_of_the_whole_vocabulary(report):
     logits, loss = report["count"]["adapted"]["logits"], report["count"]["adapted"]["loss"]
     assert logits[-1] == LLAMA.vocab_size // 2
-    rows = random_batch(2, seed=0)["labels"][:, 1:].numel()
-    assert loss == [rows] * 3  # maximum, sum of exponentials, logit of the target: one number per token each
+    assert loss == [TOKENS, 2 * TOKENS]  # per token the maximum; then the sum of exponentials and the target's logit
+
+
+def test_the_head_and_its_loss_cost_what_positions_with_a_loss_cost(report):
+    """Three micro-batches of 2 records; the first layer's input, from a frozen embedding, needs no gradient."""
+    labels = random_batch(12, seed=0)["labels"]
+    expected = []
+    for i in range(3):
+        n = count_targets(labels[2 * i : 2 * i + 2])
+        assert 0 < n < TOKENS
+        expected += report["count"]["adapted"]["forward"]
+        expected += [n, 2 * n, n * HIDDEN, *[TOKENS * HIDDEN] * (2 * LAYERS - 1)]
+    assert report["count"]["step"][: len(expected)] == expected
 
 
 def test_zero3_gathers_as_often_as_without_tensor_parallelism(report):

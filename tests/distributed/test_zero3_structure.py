@@ -1,4 +1,4 @@
-"""What ZeRO-3 holds and sends: partitions from the start, no gather for attaching, one gather per decoder layer."""
+"""What ZeRO-3 holds and sends: partitions from the start, nothing sent to build them, one gather per decoder layer."""
 
 import json
 from pathlib import Path
@@ -28,8 +28,8 @@ def test_the_base_is_built_in_partitions(report):
     assert all(0 <= padding < 2 for _, padding in held), "each of the two ranks holds one half"
 
 
-def test_attaching_the_adapter_sends_nothing(report):
-    assert set(report["attaching"].values()) == {0}
+def test_loading_and_attaching_the_adapter_send_nothing(report):
+    assert set(report["building"].values()) == {0}
 
 
 def test_adapters_ride_in_their_layers_gather(report):

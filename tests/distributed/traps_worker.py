@@ -7,7 +7,6 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
@@ -125,14 +124,16 @@ def drawn_per_shard() -> AbstractContextManager:
 
 
 def other_batches_for_peers() -> AbstractContextManager:
-    """Batches are given out as if data-parallel peers were the consecutive ranks."""
+    """One tensor-parallel rank of each group reads other records, of the same lengths, so that no shape tells."""
 
-    def mesh() -> Any:
-        grid = groups.mesh().grid
-        size = grid.data_parallel
-        return SimpleNamespace(grid=SimpleNamespace(data_parallel=size, dp_rank=grid.rank % size))
+    def other_records(original: Callable, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        batch = original(*args, **kwargs)
+        if groups.mesh().grid.tp_rank == 0:
+            return batch
+        ids = (3 + batch["input_ids"] % 300) * batch["attention_mask"]
+        return batch | {"input_ids": ids, "labels": torch.where(batch["labels"] == -100, -100, ids)}
 
-    return patch.object(case_runner, "mesh", mesh)
+    return _around(case_runner, "random_batch", other_records)
 
 
 def nothing_broken() -> AbstractContextManager:

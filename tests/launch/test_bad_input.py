@@ -63,6 +63,9 @@ FLAGS = [
     (["--tensor_parallel_size", "0"], "--tensor_parallel_size 0", "must be a positive whole number"),
     (["--consistency_check_steps", "0"], "--consistency_check_steps 0", "must be a positive whole number"),
     (["--tensor_parallel_size", "2"], "--tensor_parallel_size 2 does not divide the world of 1 ranks; use 1, or start"),
+    (["--activation_checkpointing", "selective:1"], "selective:1: must be none, full, or selective:N with a whole"),
+    (["--partition_activations"], "--partition_activations with --activation_checkpointing none", "set --activation"),
+    (["--activation_checkpointing", "full", "--partition_activations", "true"], "there are no tensor-parallel ranks"),
     (["--tp_plan", "no.json"], "--tp_plan no.json: No such file or directory; check the path"),
 ]  # fmt: skip
 

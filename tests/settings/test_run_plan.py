@@ -82,7 +82,7 @@ def test_target_modules_reach_the_peft_configuration(given, expected):
 )
 def test_target_modules_are_adapted_in_every_layer(given, adapted):
     base = AutoModelForCausalLM.from_config(FAMILIES["llama"])
-    model = attach_adapter(base, AdapterSettings(r=2, target_modules=given), seed=0, bf16=False)
+    model = attach_adapter(base, AdapterSettings(r=2, target_modules=given), seed=0)
     found = {name.split(".comol_A")[0] for name, _ in model.named_parameters() if ".comol_A" in name}
     assert found == {f"base_model.model.model.layers.{layer}.{name}" for layer in range(2) for name in adapted}
 
@@ -97,7 +97,7 @@ def test_other_adapter_settings_reach_the_peft_configuration():
 
 def test_preview_counts_what_training_would(config):
     base = AutoModelForCausalLM.from_pretrained(config.model.model_name_or_path)
-    adapted = attach_adapter(base, config.adapter, seed=0, bf16=False)
+    adapted = attach_adapter(base, config.adapter, seed=0)
     preview = preview_parameters(preview_model(config.model.model_name_or_path), config)
     assert preview == count_parameters(adapted) == adapted.get_nb_trainable_parameters()
 

@@ -22,7 +22,7 @@ REMEDY = "; give the adapter's own --r, --num_experts, --router and --target_mod
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    model = attach_adapter(AutoModelForCausalLM.from_config(FAMILIES["llama"]), WRITTEN, seed=1, bf16=False)
+    model = attach_adapter(AutoModelForCausalLM.from_config(FAMILIES["llama"]), WRITTEN, seed=1)
     tensors = adapter_state_dict(model, {name: p for name, p in model.named_parameters() if p.requires_grad})
     path = tmp_path_factory.mktemp("start") / "adapter"
     write_adapter(tensors, model.peft_config["default"], path)
@@ -32,7 +32,7 @@ def folder(tmp_path_factory):
 def check(folder, **changes) -> None:
     settings = replace(WRITTEN, adapter_name_or_path=str(folder), **changes)
     with torch.device("meta"):
-        model = attach_adapter(AutoModelForCausalLM.from_config(FAMILIES["llama"]), settings, seed=1, bf16=False)
+        model = attach_adapter(AutoModelForCausalLM.from_config(FAMILIES["llama"]), settings, seed=1)
     check_start_adapter(model, settings)
 
 

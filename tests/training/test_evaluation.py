@@ -50,7 +50,7 @@ def model():
     with torch.no_grad():
         for parameter in base.parameters():
             parameter.mul_(4)  # predictions far from uniform: no near ties between tokens
-    adapted = attach_adapter(base, AdapterSettings(r=4, num_experts=2, lora_dropout=0.5), seed=0, bf16=False)
+    adapted = attach_adapter(base, AdapterSettings(r=4, num_experts=2, lora_dropout=0.5), seed=0)
     with torch.no_grad():
         for name, parameter in adapted.named_parameters():
             if "comol_B" in name:

@@ -8,9 +8,12 @@ from transformers import AutoModelForCausalLM
 
 from comol_ds.adapters.comol_layer import CoMoLLinear
 from comol_ds.adapters.routing import Gates
-from comol_ds.config import AdapterSettings
+from comol_ds.config import AdapterSettings, ModelSettings
 from comol_ds.data.collate import packed_batch
-from comol_ds.parallel.assemble import attach_adapter, prepare_activations
+from comol_ds.layout import RankGrid
+from comol_ds.parallel.activations import prepare_activations
+from comol_ds.parallel.assemble import attach_adapter
+from comol_ds.parallel.mesh import Mesh
 from comol_ds.parallel.vocabulary import Vocabulary
 from comol_ds.training.loss import token_losses
 from comol_ds.training.router_load import RouterLoad
@@ -28,12 +31,13 @@ def build(router: str = "core", checkpointing: str = "none"):
     torch.manual_seed(1)
     base = AutoModelForCausalLM.from_config(FAMILIES["llama"])
     settings = AdapterSettings(r=4, num_experts=EXPERTS, router=router, target_modules=TARGETS)
-    model = attach_adapter(base, settings, seed=3, bf16=False)
+    model = attach_adapter(base, settings, seed=3)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "comol_router" in name:
                 parameter.mul_(20)
-    prepare_activations(model, checkpointing, leaf_layers=False)
+    settings = ModelSettings(activation_checkpointing=checkpointing)
+    prepare_activations(model, settings, Mesh(RankGrid(0, 1)), leaf_layers=False)
     return model.train()
 
 
