@@ -87,7 +87,8 @@ CASES = [
         for optim in ("adamw_torch", "sgd")
         for checkpointing in ("none", "full")
     ),
-    Case("zero3_zeropp", 1, "sgd", "none"),
+    # DeepSpeed makes hpZ's groups once per process, so 70b_multinode, which has both, cannot follow
+    *(Case(ds_config, 1, "sgd", "none") for ds_config in ("zero3_zeropp", "70b_8x80gb")),
     Case("zero3_offload", 1, "adamw_torch", "none"),
     Case("zero3_offload", 4, "sgd", "full"),
     *(Case("zero3", 1, "adamw_torch", "full", family) for family in ("qwen3", "mistral", "gemma3")),
