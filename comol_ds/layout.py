@@ -5,7 +5,7 @@ Ranks: data-parallel x tensor-parallel = world. Records: micro x accumulation x 
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from comol_ds.errors import UserError
 
@@ -148,6 +148,14 @@ class Shard:
     dim: int
     start: int
     stop: int
+
+    @property
+    def size(self) -> int:
+        return self.stop - self.start
+
+    def part_of(self, whole: Any) -> Any:
+        """The view of a whole tensor that is this part."""
+        return whole.narrow(self.dim, self.start, self.size)
 
 
 def shard_of(total: int, dim: int, parts: int, index: int) -> Shard:

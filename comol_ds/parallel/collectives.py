@@ -1,12 +1,16 @@
-"""The two collectives of tensor parallelism as differentiable operations (f and g of Megatron-LM, arXiv 1909.08053).
+"""The two collectives of tensor parallelism as differentiable operations (f and g of Megatron-LM, arXiv 1909.08053),
+and one that puts slices together.
 
-Both take the tensor-parallel group; tensors are whole on every rank of it, or hold one partial sum per rank.
+All take the tensor-parallel group; tensors are whole on every rank of it, or hold one partial sum per rank.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
+
+from comol_ds.layout import Shard
 
 
 def copy_to_tensor_parallel(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
@@ -20,6 +24,16 @@ def sum_over_tensor_parallel(x: torch.Tensor, group: dist.ProcessGroup) -> torch
     Works in place on ``x``, which must be a fresh tensor that nothing else reads.
     """
     return _SumOverTensorParallel.apply(x, group)
+
+
+def join_slices(
+    local: torch.Tensor, shard: Shard, whole_shape: Sequence[int], group: dist.ProcessGroup
+) -> torch.Tensor:
+    """The whole tensor from the ranks' slices, which may differ by one row; on every rank, without a gradient."""
+    whole = local.new_zeros(whole_shape)
+    shard.part_of(whole).copy_(local)
+    dist.all_reduce(whole, group=group)
+    return whole
 
 
 class _CopyToTensorParallel(torch.autograd.Function):

@@ -43,7 +43,7 @@ def load_start_adapter(model: PeftModel, folder: str) -> None:
     tensors = read_adapter(folder)[1]
     for name, parameter in _named_adapters(model):
         whole, shard = tensors[name], getattr(parameter, "shard", None)
-        local = whole if shard is None else whole.narrow(shard.dim, shard.start, shard.stop - shard.start)
+        local = whole if shard is None else shard.part_of(whole)
         with torch.no_grad():
             parameter.copy_(local)
 

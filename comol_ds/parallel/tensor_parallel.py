@@ -104,7 +104,7 @@ def _draw_adapter(layer: CoMoLLinear, mesh: Mesh, device: torch.device) -> None:
 
     def keep(row: AdapterParameter, whole: torch.Tensor) -> torch.Tensor:
         shard = shards.get(row.name)
-        return whole if shard is None else whole.narrow(shard.dim, shard.start, shard.stop - shard.start).clone()
+        return whole if shard is None else shard.part_of(whole).clone()
 
     layer.draw_parameters(ADAPTER, device, keep)
     for name, whole_shape in whole_shapes.items():

@@ -21,7 +21,7 @@ from comol_ds.parallel.mesh import Mesh
 def shard_parameter(parameter: nn.Parameter, shard: Shard) -> nn.Parameter:
     """A frozen parameter on the same device, of the shard's shape. It remembers the shard; its values are not set."""
     shape = list(parameter.shape)
-    shape[shard.dim] = shard.stop - shard.start
+    shape[shard.dim] = shard.size
     local = nn.Parameter(torch.empty(shape, dtype=parameter.dtype, device=parameter.device), requires_grad=False)
     local.shard = shard
     return local
@@ -33,7 +33,7 @@ class ColumnParallelLinear(nn.Linear):
     def __init__(self, whole: nn.Linear, mesh: Mesh) -> None:
         shard = mesh.shard(whole.out_features, dim=0)
         nn.Module.__init__(self)
-        self.in_features, self.out_features = whole.in_features, shard.stop - shard.start
+        self.in_features, self.out_features = whole.in_features, shard.size
         self.weight = shard_parameter(whole.weight, shard)
         self.bias = None if whole.bias is None else shard_parameter(whole.bias, shard)
 
@@ -48,7 +48,7 @@ class RowParallelLinear(nn.Linear):
     def __init__(self, whole: nn.Linear, mesh: Mesh) -> None:
         shard = mesh.shard(whole.in_features, dim=1)
         nn.Module.__init__(self)
-        self.in_features, self.out_features = shard.stop - shard.start, whole.out_features
+        self.in_features, self.out_features = shard.size, whole.out_features
         self.weight = shard_parameter(whole.weight, shard)
         self.bias = whole.bias
         self.group = mesh.tensor_group

@@ -9,12 +9,10 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import nn
 
 from comol_ds.adapters.comol_layer import CoMoLLinear
-from comol_ds.layout import Shard
-from comol_ds.parallel.collectives import sum_over_tensor_parallel
+from comol_ds.parallel.collectives import join_slices, sum_over_tensor_parallel
 from comol_ds.parallel.cross_entropy import cross_entropy
 from comol_ds.parallel.mesh import Mesh
 from comol_ds.parallel.tp_layers import shard_parameter
@@ -67,7 +65,8 @@ class Vocabulary:
         """
         if self._mesh is None:
             return cross_entropy(logits, targets, ignored)
-        return cross_entropy(logits, targets, ignored, self._shard().start, self._size, self._mesh.tensor_group)
+        first = self._mesh.shard(self._size, dim=1).start
+        return cross_entropy(logits, targets, ignored, first, self._size, self._mesh.tensor_group)
 
     @contextmanager
     def whole_logits(self) -> Iterator[None]:
@@ -82,14 +81,8 @@ class Vocabulary:
         """Forward hook of the head: nothing, or [..., V/K] -> [..., V] inside `whole_logits`."""
         if not self._gathers:
             return logits
-        shard = self._shard()
-        whole = logits.new_zeros(*logits.shape[:-1], self._size)
-        whole[..., shard.start : shard.stop] = logits
-        dist.all_reduce(whole, group=self._mesh.tensor_group)
-        return whole
-
-    def _shard(self) -> Shard:
-        return self._mesh.shard(self._size, dim=0)
+        shard = self._mesh.shard(self._size, dim=logits.dim() - 1)
+        return join_slices(logits, shard, (*logits.shape[:-1], self._size), self._mesh.tensor_group)
 
 
 class VocabularyLookup:
@@ -103,7 +96,7 @@ class VocabularyLookup:
         self.group = mesh.tensor_group
         self._foreign: torch.Tensor | None = None
         embedding.weight = shard_parameter(embedding.weight, self.shard)
-        embedding.num_embeddings = self.shard.stop - self.shard.start
+        embedding.num_embeddings = self.shard.size
         embedding.padding_idx = None  # an id of the whole vocabulary; it matters to the gradient of a trained one only
         embedding.register_forward_pre_hook(self._before)
         embedding.register_forward_hook(self._after)

@@ -57,9 +57,9 @@ class StoredTensor:
         """
         width = row = math.prod(self.shape)  # elements that follow each other, and to the next such run
         skipped = 0  # elements of a row before the part
-        if shard is not None and shard.stop - shard.start < self.shape[shard.dim]:
+        if shard is not None and shard.size < self.shape[shard.dim]:
             inner = math.prod(self.shape[shard.dim + 1 :])
-            row, width = self.shape[shard.dim] * inner, (shard.stop - shard.start) * inner
+            row, width = self.shape[shard.dim] * inner, shard.size * inner
             skipped = shard.start * inner
         itemsize, position, stop = self.dtype.itemsize, start, start + count
         while position < stop:

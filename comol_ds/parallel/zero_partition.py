@@ -6,6 +6,7 @@ import torch.distributed as dist
 from deepspeed.utils import safe_get_full_fp32_param
 from peft import PeftModel, get_peft_model_state_dict
 
+from comol_ds.parallel.collectives import join_slices
 from comol_ds.parallel.groups import mesh
 
 
@@ -47,11 +48,6 @@ def _full_fp32(parameter: torch.nn.Parameter, stage: int) -> torch.Tensor:
 
 
 def _over_tensor_parallel(parameter: torch.nn.Parameter, local: torch.Tensor) -> torch.Tensor:
-    """The whole tensor from the ranks' slices, which may differ by one row; a replicated tensor is whole already."""
+    """The whole tensor from the ranks' slices; a replicated tensor is whole already."""
     shard = getattr(parameter, "shard", None)
-    if shard is None:
-        return local
-    whole = local.new_zeros(parameter.whole_shape)
-    whole.narrow(shard.dim, shard.start, shard.stop - shard.start).copy_(local)
-    dist.all_reduce(whole, group=mesh().tensor_group)
-    return whole
+    return local if shard is None else join_slices(local, shard, parameter.whole_shape, mesh().tensor_group)
