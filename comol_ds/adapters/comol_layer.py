@@ -106,8 +106,7 @@ class CoMoLLinear(nn.Module, BaseTunerLayer):
     ) -> None:
         """Create an adapter of this name, or replace it. Arguments as in CoMoLConfig.
 
-        Parameters are created in fp32 (float64 beside a float64 base) on the base weight's device and drawn by
-        `draw_parameters`; on meta they are only declared.
+        Parameters are created in fp32 (float64 beside a float64 base) on the base weight's device by `draw_parameters`.
         """
         self.r[adapter_name] = r
         self.num_experts[adapter_name] = num_experts
@@ -122,8 +121,7 @@ class CoMoLLinear(nn.Module, BaseTunerLayer):
         for parameter in self.tables[adapter_name]:
             tensor = torch.empty(parameter.shape(sizes), dtype=dtype, device=device)
             getattr(self, parameter.name)[adapter_name] = nn.Parameter(tensor)
-        if device.type != "meta":
-            self.draw_parameters(adapter_name, device)
+        self.draw_parameters(adapter_name, device)
         self.set_adapter(self.active_adapters)
 
     def draw_parameters(
@@ -134,7 +132,8 @@ class CoMoLLinear(nn.Module, BaseTunerLayer):
     ) -> None:
         """Draw the initial values, one whole tensor after the other in the table's order.
 
-        Always on the CPU and always whole: a seed gives the same adapter on every device and however it is sharded.
+        Always on the CPU and always whole: a seed gives the same adapter on every device and however it is sharded. On
+        meta nothing is drawn.
 
         Args:
             adapter_name: an adapter that `add_adapter` declared.
@@ -143,8 +142,10 @@ class CoMoLLinear(nn.Module, BaseTunerLayer):
         """
         for parameter in self.tables[adapter_name]:
             declared = getattr(self, parameter.name)[adapter_name]
-            whole = torch.empty(declared.shape, dtype=declared.dtype, device="cpu")
-            parameter.initialize(whole)
+            where = "meta" if device.type == "meta" else "cpu"
+            whole = torch.empty(declared.shape, dtype=declared.dtype, device=where)
+            if where != "meta":
+                parameter.initialize(whole)
             kept = nn.Parameter(keep(parameter, whole).to(device), requires_grad=declared.requires_grad)
             getattr(self, parameter.name)[adapter_name] = kept
 

@@ -15,8 +15,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, Pre
 from transformers.initialization import no_init_weights
 from transformers.integrations import HfDeepSpeedConfig, is_deepspeed_zero3_enabled
 
-from comol_ds.adapters.comol_layer import ADAPTER, CoMoLLinear
 from comol_ds.adapters.config import CoMoLConfig
+from comol_ds.adapters.table import BaseKind
 from comol_ds.config import AdapterSettings, ModelSettings, OptimizerSettings, RunConfig
 from comol_ds.ds_config import zero_stage
 from comol_ds.errors import UserError, one_line
@@ -27,7 +27,7 @@ from comol_ds.parallel.loading import load_weights
 from comol_ds.parallel.mesh import Mesh
 from comol_ds.parallel.random_weights import draw_weights
 from comol_ds.parallel.start_adapter import load_start_adapter
-from comol_ds.parallel.tensor_parallel import parallelize
+from comol_ds.parallel.tensor_parallel import draw_adapters, parallelize
 from comol_ds.parallel.tp_plan import place_linears
 from comol_ds.parallel.vocabulary import Vocabulary
 from comol_ds.parallel.weight_files import StoredTensor, WeightFiles
@@ -67,7 +67,6 @@ def assemble(config: RunConfig, model_path: str, ds_config: dict[str, Any], tota
     hf_ds_config = HfDeepSpeedConfig(ds_config) if stage == 3 else None
     if config.adapter.adapter_name_or_path is not None:
         load_start_adapter(model, config.adapter.adapter_name_or_path)
-    vocabulary.watch_head(model.get_base_model().get_output_embeddings())
     prepare_activations(model, config.model, mesh, leaf_layers=stage == 3)
     optimizer = build_optimizer(model, config.optimizer)
     schedule = build_schedule(optimizer, config.optimizer, total_steps)
@@ -101,18 +100,40 @@ def build_model(
     placement = place_linears(base, config.parallel.tp_plan) if mesh.grid.tensor_parallel > 1 else None
     model = attach_adapter(base, config.adapter, config.run.seed)
     torch.manual_seed(config.run.seed)
-    if placement is None:
-        draw_adapters(model)
-        vocabulary = Vocabulary()
-    else:
-        vocabulary = parallelize(model, placement, mesh, torch.device("cpu"))
-    if bf16:
-        to_bf16(model)
+    vocabulary = give_ranks_their_part(model, placement, mesh, torch.device("cpu"), bf16)
     if stored is None:
         draw_weights(model, base, ds_config, mesh, config.run.seed)
     else:
         load_weights(model, stored, ds_config, mesh)
     return model, vocabulary
+
+
+def give_ranks_their_part(
+    model: PeftModel, placement: dict[str, BaseKind] | None, mesh: Mesh, device: torch.device, bf16: bool
+) -> Vocabulary:
+    """Shard a model that stands on meta, if it is placed, and draw this rank's part of the adapter.
+
+    Args:
+        model: adapted; changed in place.
+        placement: see `place_linears`; None where nothing is sharded.
+        mesh: the ranks.
+        device: where the adapter's parameters go.
+        bf16: cast them.
+
+    Returns:
+        How the logits are spread; it watches the head.
+    """
+    if placement is None:
+        draw_adapters(model, mesh, device)
+        vocabulary = Vocabulary()
+    else:
+        vocabulary = parallelize(model, placement, mesh, device)
+    if bf16:
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.to(torch.bfloat16)
+    vocabulary.watch_head(model.get_base_model().get_output_embeddings())
+    return vocabulary
 
 
 def build_skeleton(settings: ModelSettings, model_path: str, bf16: bool) -> PreTrainedModel:
@@ -166,20 +187,6 @@ def attach_adapter(model: PreTrainedModel, settings: AdapterSettings, seed: int)
     """
     torch.manual_seed(seed)
     return get_peft_model(model, comol_config(settings))
-
-
-def draw_adapters(model: PeftModel) -> None:
-    """Give declared adapters their initial values, in module order, on the CPU."""
-    for layer in model.modules():
-        if isinstance(layer, CoMoLLinear):
-            layer.draw_parameters(ADAPTER, torch.device("cpu"))
-
-
-def to_bf16(model: PeftModel) -> None:
-    """Cast what trains."""
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.to(torch.bfloat16)
 
 
 def comol_config(settings: AdapterSettings) -> CoMoLConfig:

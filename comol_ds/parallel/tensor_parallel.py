@@ -3,7 +3,7 @@
 The model stands on the meta device, with adapters declared whole. In this order:
     1. embedding and output head are split over the vocabulary;
     2. every Linear of the plan becomes column- or row-parallel, with the hooks and seams that its adapter needs;
-    3. adapters are drawn whole from the seed, and each rank keeps its slices (the adapter's table says which).
+    3. adapters are drawn whole, and each rank keeps its slices (the adapter's table says which).
 Attention needs nothing more: the supported models read the number of heads off the projections' output.
 """
 
@@ -41,7 +41,7 @@ def parallelize(model: PeftModel, placement: dict[str, BaseKind], mesh: Mesh, de
     base = model.get_base_model()
     vocabulary = _shard_vocabulary(base, mesh)
     _shard_linears(base, placement, mesh)
-    _draw_adapters(base, mesh, device)
+    draw_adapters(base, mesh, device)
     return vocabulary
 
 
@@ -89,7 +89,8 @@ def _base_of(layer: nn.Module) -> nn.Linear:
     return layer.base_layer if isinstance(layer, CoMoLLinear) else layer
 
 
-def _draw_adapters(base: nn.Module, mesh: Mesh, device: torch.device) -> None:
+def draw_adapters(base: nn.Module, mesh: Mesh, device: torch.device) -> None:
+    """Give declared adapters their initial values, in module order: whole beside a Linear that is not sharded."""
     for layer in base.modules():
         if isinstance(layer, CoMoLLinear):
             _draw_adapter(layer, mesh, device)

@@ -12,12 +12,10 @@ from peft import PeftModel
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from comol_ds.adapters.comol_layer import CoMoLLinear
 from comol_ds.layout import RankGrid
 from comol_ds.parallel.activations import check_activations
-from comol_ds.parallel.assemble import attach_adapter, build_skeleton, to_bf16
+from comol_ds.parallel.assemble import attach_adapter, build_skeleton, give_ranks_their_part
 from comol_ds.parallel.mesh import Mesh
-from comol_ds.parallel.tensor_parallel import parallelize
 from comol_ds.parallel.tp_plan import check_placement, place_linears
 from comol_ds.parallel.vocabulary import Vocabulary
 from comol_ds.parallel.zero_partition import count_parameters
@@ -180,13 +178,8 @@ def build_local_model(request: Request, first_layers: int | None = None) -> Loca
         check_placement(base, placement, tensor_parallel, config.adapter)
     model = attach_adapter(base, config.adapter, config.run.seed)
     trainable, everything = count_parameters(model)
-    mesh, vocabulary = PlannedMesh(request.grid), Vocabulary()
-    if placement is not None:
-        _draw_nothing(model)
-        vocabulary = parallelize(model, placement, mesh, torch.device("meta"))
-    if config.model.bf16:
-        to_bf16(model)
-    vocabulary.watch_head(model.get_base_model().get_output_embeddings())
+    mesh = PlannedMesh(request.grid)
+    vocabulary = give_ranks_their_part(model, placement, mesh, torch.device("meta"), bool(config.model.bf16))
     return LocalModel(model.train(), vocabulary, mesh, trainable, everything)
 
 
@@ -199,14 +192,6 @@ def _layer_list(model: nn.Module) -> nn.ModuleList | None:
 
 def _signature(layer: nn.Module) -> list[tuple]:
     return [(name, parameter.shape, parameter.requires_grad) for name, parameter in layer.named_parameters()]
-
-
-def _draw_nothing(model: PeftModel) -> None:
-    """The adapters' values do not matter, and drawing those of a 70B model takes seconds."""
-    for layer in model.modules():
-        if isinstance(layer, CoMoLLinear):
-            for name, table in layer.tables.items():
-                layer.tables[name] = [replace(row, initialize=lambda whole: None) for row in table]
 
 
 def _describe(name: str, parameter: nn.Parameter) -> LocalParameter:
