@@ -26,12 +26,11 @@ def check_zero_block(ds_config: dict[str, Any]) -> None:
         ) from error
 
 
-def check_zeropp(ds_config: dict[str, Any], world: World) -> None:
-    """Refuse ZeRO++ settings that this machine or this world cannot run.
+def check_quantized(ds_config: dict[str, Any]) -> None:
+    """Refuse what of ZeRO++'s quantization cannot run, or cannot run on this machine.
 
     Raises:
-        UserError: quantized frozen weights, quantized communication without a GPU, or hpZ groups that would lie on two
-            nodes.
+        UserError: quantized frozen weights, or quantized communication without a GPU.
     """
     block = ds_config["zero_optimization"]
     if block.get("zero_quantized_nontrainable_weights"):
@@ -45,7 +44,15 @@ def check_zeropp(ds_config: dict[str, Any], world: World) -> None:
                 f"DeepSpeed JSON: zero_optimization.{key} needs DeepSpeed's CUDA kernels and this machine has no GPU;"
                 " remove it"
             )
-    size = block.get("zero_hpz_partition_size", 1)
+
+
+def check_hpz(ds_config: dict[str, Any], world: World) -> None:
+    """Refuse groups of ZeRO++'s second copy that would lie on two nodes.
+
+    Raises:
+        UserError: naming a size that works.
+    """
+    size = ds_config["zero_optimization"].get("zero_hpz_partition_size", 1)
     if size > 1 and world.local_size % size:
         raise UserError(
             f"DeepSpeed JSON: zero_optimization.zero_hpz_partition_size = {size} does not divide the"

@@ -1,6 +1,6 @@
 """What is planned: a run's settings, resolved for a world that need not exist here."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -8,11 +8,11 @@ import torch
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
 from comol_ds.config import RunConfig
-from comol_ds.ds_config import resolve_ds_config, tensor_parallel_size, zero_stage
+from comol_ds.ds_config import zero_stage
 from comol_ds.errors import UserError
-from comol_ds.layout import BatchLayout, RankGrid, divisors, either, plan_batches, plan_grid
+from comol_ds.layout import BatchLayout, RankGrid, divisors, either
 from comol_ds.parallel.groups import World
-from comol_ds.parallel.zero_config import check_zero_block, check_zeropp
+from comol_ds.parallel.run_layout import resolve_layout
 
 
 @dataclass(frozen=True)
@@ -80,19 +80,6 @@ def resolve(config: RunConfig, template: dict[str, Any], world_size: int, nodes:
         raise UserError(
             f"--nodes {nodes} does not divide --world_size {world_size}; use {either(divisors(world_size))}"
         )
-    tensor_parallel = tensor_parallel_size(template, config.parallel.tensor_parallel_size)
     ranks_per_node = world_size // nodes
-    grid = plan_grid(0, world_size, tensor_parallel, ranks_per_node, config.parallel.allow_cross_node_tp)
-    optimizer = config.optimizer
-    batches = plan_batches(grid.data_parallel, optimizer.per_device_train_batch_size, optimizer.global_batch_size)
-    config = replace(
-        config,
-        optimizer=replace(optimizer, global_batch_size=batches.global_batch),
-        parallel=replace(config.parallel, tensor_parallel_size=tensor_parallel),
-    )
-    ds_config = resolve_ds_config(template, config, batches, bool(config.model.bf16))
-    check_zero_block(ds_config)
-    # quantized communication needs a GPU in the run, not here
-    hpz = ds_config["zero_optimization"].get("zero_hpz_partition_size", 1)
-    check_zeropp({"zero_optimization": {"zero_hpz_partition_size": hpz}}, World(0, world_size, 0, ranks_per_node))
-    return Request(config, ds_config, grid, batches, ranks_per_node)
+    layout = resolve_layout(config, template, World(0, world_size, 0, ranks_per_node))
+    return Request(layout.config, layout.ds_config, layout.grid, layout.batches, ranks_per_node)

@@ -9,16 +9,17 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from comol_ds.config import ModelSettings, OptimizerSettings, RunConfig
-from comol_ds.ds_config import load_ds_json, resolve_ds_config, tensor_parallel_size, zero_stage
+from comol_ds.ds_config import load_ds_json, zero_stage
 from comol_ds.errors import UserError, one_line
-from comol_ds.layout import BatchLayout, RankGrid, plan_batches, plan_grid
+from comol_ds.layout import BatchLayout, RankGrid
 from comol_ds.parallel.activations import check_activations
 from comol_ds.parallel.assemble import attach_adapter, build_schedule
 from comol_ds.parallel.device import prefers_bf16, supports_bf16
 from comol_ds.parallel.groups import World
+from comol_ds.parallel.run_layout import resolve_layout
 from comol_ds.parallel.start_adapter import check_start_adapter
 from comol_ds.parallel.tp_plan import check_placement, place_linears
-from comol_ds.parallel.zero_config import check_zero_block, check_zeropp
+from comol_ds.parallel.zero_config import check_quantized
 from comol_ds.parallel.zero_partition import count_parameters
 from comol_ds.training.checkpoint import RunIdentity, find_checkpoint, read_step
 from comol_ds.training.run_folder import RunFolder
@@ -51,34 +52,16 @@ def plan_run(config: RunConfig, world: World) -> RunPlan:
     Raises:
         UserError: the first thing that no run can use.
     """
-    template = load_ds_json(config.run.ds_config)
-    tensor_parallel = tensor_parallel_size(template, config.parallel.tensor_parallel_size)
-    across = config.parallel.allow_cross_node_tp
-    grid = plan_grid(world.rank, world.size, tensor_parallel, world.local_size, across)
-    if grid.tp_rank != world.local_rank % tensor_parallel and not across:
-        raise UserError(
-            f"rank {world.rank} is number {world.local_rank} of its node: consecutive ranks lie on different nodes;"
-            " start srun with --distribution=block, or accept the slower links with --allow_cross_node_tp"
-        )
-    batches = plan_batches(
-        grid.data_parallel, config.optimizer.per_device_train_batch_size, config.optimizer.global_batch_size
-    )
-    bf16 = decide_bf16(config.model.bf16)
-    config = replace(
-        config,
-        model=replace(config.model, bf16=bf16),
-        optimizer=replace(config.optimizer, global_batch_size=batches.global_batch),
-        parallel=replace(config.parallel, tensor_parallel_size=tensor_parallel),
-    )
-    ds_config = resolve_ds_config(template, config, batches, bf16)
-    check_zero_block(ds_config)
-    check_zeropp(ds_config, world)
+    config = replace(config, model=replace(config.model, bf16=decide_bf16(config.model.bf16)))
+    layout = resolve_layout(config, load_ds_json(config.run.ds_config), world)
+    config, grid, ds_config = layout.config, layout.grid, layout.ds_config
+    check_quantized(ds_config)
     check_schedule(config.optimizer)
     check_report_to(config.run.report_to)
     model = preview_model(config.model.model_name_or_path)
     check_tensor_parallel(model, config)
     check_tokenizer(model, config.model)
-    check_activations(model, config.model, tensor_parallel)
+    check_activations(model, config.model, grid.tensor_parallel)
     trainable, everything = preview_parameters(model, config)
     identity = identify(config, world, ds_config)
     folder = RunFolder(config.run.output_dir)
@@ -92,7 +75,7 @@ def plan_run(config: RunConfig, world: World) -> RunPlan:
         config,
         world,
         grid,
-        batches,
+        layout.batches,
         ds_config,
         folder,
         checkpoint,

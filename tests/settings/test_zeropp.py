@@ -11,7 +11,7 @@ from comol_ds.ds_config import load_ds_json, resolve_ds_config, tensor_parallel_
 from comol_ds.errors import UserError
 from comol_ds.layout import plan_batches
 from comol_ds.parallel.groups import World
-from comol_ds.parallel.zero_config import check_zero_block, check_zeropp
+from comol_ds.parallel.zero_config import check_hpz, check_quantized, check_zero_block
 
 FILES = sorted((Path(__file__).resolve().parents[2] / "ds_configs").glob("*.json"))
 
@@ -33,12 +33,12 @@ def test_every_file_of_ds_configs_is_accepted(path):
 
 @pytest.mark.parametrize(("size", "local_size"), [(8, 8), (2, 4), (1, 3), (0, 3)])
 def test_hpz_groups_within_a_node(size, local_size):
-    check_zeropp({"zero_optimization": {"zero_hpz_partition_size": size}}, World(0, 8, 0, local_size))
+    check_hpz({"zero_optimization": {"zero_hpz_partition_size": size}}, World(0, 8, 0, local_size))
 
 
 def test_hpz_groups_on_two_nodes_are_refused():
     with pytest.raises(UserError) as error:
-        check_zeropp({"zero_optimization": {"zero_hpz_partition_size": 8}}, World(0, 8, 0, 4))
+        check_hpz({"zero_optimization": {"zero_hpz_partition_size": 8}}, World(0, 8, 0, 4))
     assert str(error.value) == (
         "DeepSpeed JSON: zero_optimization.zero_hpz_partition_size = 8 does not divide the 4 ranks of a node, within"
         " which it keeps a second copy; use 4 or remove it"
@@ -49,10 +49,10 @@ def test_hpz_groups_on_two_nodes_are_refused():
 def test_quantized_communication_needs_a_gpu(key, monkeypatch):
     block = {"zero_optimization": {f"zero_quantized_{key}": True}}
     monkeypatch.setattr(get_accelerator(), "device_name", lambda *_: "cuda")
-    check_zeropp(block, World(0, 1, 0))
+    check_quantized(block)
     monkeypatch.setattr(get_accelerator(), "device_name", lambda *_: "cpu")
     with pytest.raises(UserError) as error:
-        check_zeropp(block, World(0, 1, 0))
+        check_quantized(block)
     assert str(error.value) == (
         f"DeepSpeed JSON: zero_optimization.zero_quantized_{key} needs DeepSpeed's CUDA kernels and this machine has no"
         " GPU; remove it"
@@ -61,7 +61,7 @@ def test_quantized_communication_needs_a_gpu(key, monkeypatch):
 
 def test_quantized_frozen_weights_are_refused():
     with pytest.raises(UserError) as error:
-        check_zeropp({"zero_optimization": {"zero_quantized_nontrainable_weights": True}}, World(0, 1, 0))
+        check_quantized({"zero_optimization": {"zero_quantized_nontrainable_weights": True}})
     assert str(error.value) == (
         "DeepSpeed JSON: zero_optimization.zero_quantized_nontrainable_weights is refused: DeepSpeed 0.19 quantizes"
         " float16 weights only, and runs are bfloat16 or float32; remove it"
