@@ -1,5 +1,6 @@
 """Tiny random models and batches that the tests build from configurations."""
 
+import json
 from pathlib import Path
 
 import torch
@@ -50,6 +51,12 @@ def save_tiny_model(folder: Path, family: str = "llama", seed: int = 0) -> Path:
     model.save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)
     return folder
+
+
+def save_attention_plan(folder: Path) -> None:
+    """Write attention_only.json, a tensor-parallel plan that leaves the MLP whole."""
+    plan = {f"layers.*.self_attn.{name}_proj": "colwise" for name in "qkv"} | {"layers.*.self_attn.o_proj": "rowwise"}
+    (folder / "attention_only.json").write_text(json.dumps(plan))
 
 
 def random_batch(rows: int, seed: int, longest: int = 24) -> dict:

@@ -14,30 +14,13 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
-import torch.distributed as dist
 
-CALLS: list[tuple[str, object, int]] = []  # collective, its group, bytes of its largest tensor
+from tests.distributed.recorded_calls import CALLS, record_collectives
+
 SMALLEST = 256  # bytes; below are norms and counts
 PLAIN_LINEAR = torch.nn.functional.linear  # the first ZeRO-3 engine replaces it for good
 
-
-def record_calls(name: str, place: int) -> None:
-    """Replace one of torch's collectives by itself plus a record of the call."""
-    original = getattr(dist, name)
-
-    def call(*args, **kwargs):
-        names = ("tensor", "output_tensor") if place == 0 else ("input", "input_tensor")
-        tensor = args[place] if len(args) > place else next(kwargs[name] for name in names if name in kwargs)
-        if tensor.nbytes >= SMALLEST:
-            CALLS.append((name, kwargs.get("group"), tensor.nbytes))
-        return original(*args, **kwargs)
-
-    setattr(dist, name, call)
-
-
-# before DeepSpeed is imported: it keeps its own references
-for collective, largest in (("all_gather_into_tensor", 0), ("reduce_scatter_tensor", 1), ("all_reduce", 0)):
-    record_calls(collective, largest)
+record_collectives()
 
 from comol_ds.ds_config import resolve_ds_config
 from comol_ds.layout import plan_batches
@@ -113,12 +96,11 @@ def collectives(layout: Layout) -> dict[str, list[int]]:
     """What was recorded, by kind: bytes of each."""
     group = groups.mesh().tensor_group
     found = {"gather": [], "scatter": [], "reduce": [], "tensor": []}
-    for name, of, nbytes in CALLS:
-        if group is not None and of is group:
-            found["tensor"].append(nbytes)
-        else:
-            kinds = {"all_gather_into_tensor": "gather", "reduce_scatter_tensor": "scatter", "all_reduce": "reduce"}
-            found[kinds[name]].append(nbytes)
+    kinds = {"all_gather_into_tensor": "gather", "reduce_scatter_tensor": "scatter", "all_reduce": "reduce"}
+    for call in CALLS:
+        if call.name in kinds and call.nbytes >= SMALLEST:
+            kind = "tensor" if group is not None and call.group is group else kinds[call.name]
+            found[kind].append(call.nbytes)
     return found
 
 

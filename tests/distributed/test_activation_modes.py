@@ -1,7 +1,6 @@
 """Checkpointing, offload and partitioning on two ranks: each trains what keeping everything trains, and keeps less."""
 
 import dataclasses
-from pathlib import Path
 
 import pytest
 import torch
@@ -17,9 +16,9 @@ from tests.distributed.equality_cases import (
     BESIDE_NOTHING,
     Case,
 )
-from tests.distributed.launching import run_deepspeed
 from tests.distributed.one_process import assert_equal_router_load, assert_equal_training, expected_of
-from tests.tiny_models import FAMILIES, random_batch, save_tiny_model
+from tests.distributed.suites import suite_trainer
+from tests.tiny_models import FAMILIES, random_batch
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 LLAMA = FAMILIES["llama"]
@@ -33,27 +32,9 @@ def runs(default: list[Case], slow: list[Case]) -> list:
 
 
 @pytest.fixture(scope="module")
-def models(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("models")
-    for family in FAMILIES:
-        save_tiny_model(folder / family, family)
-    return folder
-
-
-@pytest.fixture(scope="module")
 def trained(models, tmp_path_factory, extensions):
-    """Suite -> folder with every case trained; a suite's processes start once, when its first case is asked for."""
-    folders = {}
-
-    def train(suite: str) -> Path:
-        if suite not in folders:
-            folders[suite] = tmp_path_factory.mktemp(suite)
-            worker = Path(__file__).parent / "activation_worker.py"
-            run = run_deepspeed(2, worker, [suite, str(models), str(folders[suite])], extensions, timeout=280)
-            assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-4000:]
-        return folders[suite]
-
-    return train
+    ranks = {"activations": 2, "activations-variations": 2}
+    return suite_trainer("activation_worker.py", ranks, models, tmp_path_factory, extensions)
 
 
 @pytest.fixture(scope="module")

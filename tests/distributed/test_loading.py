@@ -12,7 +12,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from tests.data.data_helpers import write_jsonl
-from tests.distributed.launching import REPOSITORY, run_deepspeed
+from tests.distributed.launching import run_deepspeed
+from tests.distributed.refused_runs import refused_run
 from tests.tiny_models import FAMILIES, save_tiny_model
 
 pytestmark = pytest.mark.distributed
@@ -109,15 +110,5 @@ def test_a_damaged_file_ends_a_launched_run_with_one_line(tmp_path, extensions):
     write_jsonl(data, [{"prompt": "a", "completion": "b"}] * 20)
     file = model / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
-    flags = {
-        "ds_config": REPOSITORY / "ds_configs" / "zero3.json",
-        "model_name_or_path": model,
-        "dataset": data,
-        "output_dir": tmp_path / "out",
-        "max_steps": 1,
-    }
-    arguments = [str(word) for name, value in flags.items() for word in (f"--{name}", value)]
-    run = run_deepspeed(2, REPOSITORY / "launch" / "train.py", arguments, extensions)
-    assert run.returncode == 2, run.stderr[-3000:]
-    told = [line for line in (run.stdout + run.stderr).splitlines() if "train.py: error:" in line]
+    _, told = refused_run(model, data, tmp_path / "out", extensions)
     assert len(told) == 1 and f"{file} cannot be read as safetensors, copy or download it again: tensor" in told[0]

@@ -1,8 +1,5 @@
 """Tensor parallelism with every ZeRO stage on two and four ranks against one plain PyTorch process, in fp32."""
 
-import json
-from pathlib import Path
-
 import pytest
 import torch
 
@@ -14,14 +11,13 @@ from tests.distributed.equality_cases import (
     TP4_CASES,
     TP_BF16_CASES,
 )
-from tests.distributed.launching import run_deepspeed
 from tests.distributed.one_process import (
     assert_bf16_training,
     assert_equal_router_load,
     assert_equal_training,
     expected_of,
 )
-from tests.tiny_models import FAMILIES, save_tiny_model
+from tests.distributed.suites import suite_trainer
 
 pytestmark = pytest.mark.distributed
 RANKS = {"tp2": 2, "tp2dp2": 4, "tp4": 4, "tp2dp2-variations": 4}
@@ -39,30 +35,8 @@ RUNS = [
 
 
 @pytest.fixture(scope="module")
-def models(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("models")
-    for family in FAMILIES:
-        save_tiny_model(folder / family, family)
-    plan = {f"layers.*.self_attn.{name}_proj": "colwise" for name in "qkv"} | {"layers.*.self_attn.o_proj": "rowwise"}
-    (folder / "attention_only.json").write_text(json.dumps(plan))
-    return folder
-
-
-@pytest.fixture(scope="module")
 def trained(models, tmp_path_factory, extensions):
-    """Suite -> folder with every case trained; a suite's processes start once, when its first case is asked for."""
-    folders = {}
-
-    def train(suite: str) -> Path:
-        if suite not in folders:
-            folders[suite] = tmp_path_factory.mktemp(suite)
-            worker = Path(__file__).parent / "equality_worker.py"
-            words = [suite, str(models), str(folders[suite])]
-            run = run_deepspeed(RANKS[suite], worker, words, extensions, timeout=280)
-            assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-4000:]
-        return folders[suite]
-
-    return train
+    return suite_trainer("equality_worker.py", RANKS, models, tmp_path_factory, extensions)
 
 
 @pytest.mark.parametrize(("suite", "case"), RUNS)

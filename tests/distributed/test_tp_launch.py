@@ -5,18 +5,11 @@ import shutil
 
 import pytest
 import torch
-from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from comol_ds.adapters.adapter_folder import read_adapter
-from comol_ds.config_parser import parse_run_config
-from comol_ds.data.batches import EvalBatches
-from comol_ds.data.prepare import prepare_data
-from comol_ds.parallel.vocabulary import Vocabulary
-from comol_ds.training.loss import count_targets, token_losses
 from tests.data.data_helpers import real_data
 from tests.distributed.launching import REPOSITORY, run_deepspeed
-from tests.distributed.test_run_and_resume import json_lines
+from tests.distributed.run_folders import assert_one_process_reproduces_the_evaluation, json_lines
 from tests.tiny_models import save_tiny_model
 
 pytestmark = pytest.mark.distributed
@@ -54,21 +47,8 @@ def test_the_run_says_how_the_ranks_are_divided(first_run):
 
 
 def test_one_process_reproduces_the_evaluation(first_run):
-    model_path, out, _ = first_run
-    tokenizer = AutoTokenizer.from_pretrained(model_path)
-    config = parse_run_config(["--config", str(out / "config.yaml")])
-    data = prepare_data(config.data, tokenizer, config.run.seed)
-    base = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32)
-    model = PeftModel.from_pretrained(base, str(out / "adapter")).eval()
-    loss, count = 0.0, 0
-    with torch.no_grad():
-        for batch in EvalBatches(data.validation, 4, 0, 1, tokenizer.pad_token_id):
-            logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
-            loss += token_losses(logits, batch["labels"], Vocabulary()).sum().item()
-            count += count_targets(batch["labels"])
-    last = json_lines(out / "evaluations.jsonl")[-1]["tasks"]["all"]
-    assert (last["tokens"], last["generated"]) == (count, 4)
-    assert last["loss"] == pytest.approx(loss / count, rel=1e-5)
+    model, out, _ = first_run
+    assert_one_process_reproduces_the_evaluation(model, out, generated=4)
 
 
 @pytest.mark.slow

@@ -7,7 +7,7 @@ import pytest
 
 from comol_ds.training.loss import count_targets
 from tests.distributed.launching import run_deepspeed
-from tests.tiny_models import FAMILIES, random_batch, save_tiny_model
+from tests.tiny_models import FAMILIES, random_batch, save_attention_plan, save_tiny_model
 
 pytestmark = pytest.mark.distributed
 LLAMA = FAMILIES["llama"]
@@ -19,8 +19,7 @@ RANK, LAYERS, HIDDEN = 5, LLAMA.num_hidden_layers, LLAMA.hidden_size
 def report(tmp_path_factory, extensions):
     folder = tmp_path_factory.mktemp("structure")
     save_tiny_model(folder / "llama")
-    plan = {f"layers.*.self_attn.{name}_proj": "colwise" for name in "qkv"} | {"layers.*.self_attn.o_proj": "rowwise"}
-    (folder / "attention_only.json").write_text(json.dumps(plan))
+    save_attention_plan(folder)
     worker = Path(__file__).parent / "tp_structure_worker.py"
     run = run_deepspeed(4, worker, [str(folder), str(folder)], extensions)
     assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-4000:]

@@ -14,23 +14,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import torch
 import torch.distributed as dist
 
-CALLS: list[tuple[str, object, int]] = []  # collective, its group, number of elements
+from tests.distributed.recorded_calls import CALLS, record_collectives
 
-
-def record_calls(name: str) -> None:
-    """Replace one of torch's collectives by itself plus a record of the call."""
-    original = getattr(dist, name)
-
-    def call(*args, **kwargs):
-        tensor = args[0] if args else kwargs.get("tensor", kwargs.get("output_tensor"))
-        CALLS.append((name, kwargs.get("group"), tensor.numel()))
-        return original(*args, **kwargs)
-
-    setattr(dist, name, call)
-
-
-for collective in ("all_reduce", "all_gather_into_tensor"):  # before DeepSpeed is imported: it keeps its own references
-    record_calls(collective)
+record_collectives()
 
 from comol_ds.parallel import groups
 from comol_ds.parallel.assemble import Assembled, assemble
@@ -50,7 +36,7 @@ def tensor_parallel_calls():
     start, inside = len(CALLS), []
     yield inside
     group = groups.mesh().tensor_group
-    inside.extend(numel for name, of, numel in CALLS[start:] if name == "all_reduce" and of is group)
+    inside.extend(call.numel for call in CALLS[start:] if call.name == "all_reduce" and call.group is group)
 
 
 def passes(assembled: Assembled) -> dict[str, list[int]]:
@@ -114,7 +100,7 @@ def zero3(models: str) -> dict:
     run_steps(assembled, case, load, range(1))
     start = len(CALLS)
     run_steps(assembled, case, load, range(1, 2))
-    gathers = sum(name == "all_gather_into_tensor" for name, *_ in CALLS[start:])
+    gathers = sum(call.name == "all_gather_into_tensor" for call in CALLS[start:])
     views = saved_views(assembled.engine)
     with patch.object(ColumnParallelLinear, "forward", lambda self, x: x @ self.weight.transpose(0, 1)):
         planted = saved_views(assembled.engine)

@@ -10,24 +10,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-import torch.distributed as dist
+from tests.distributed.recorded_calls import CALLS, COLLECTIVES, record_collectives
 
-CALLS = dict.fromkeys(("all_gather_into_tensor", "broadcast", "reduce_scatter_tensor", "all_reduce"), 0)
-
-
-def count_calls(name: str) -> None:
-    """Replace one of torch's collectives by itself plus a count."""
-    original = getattr(dist, name)
-
-    def call(*args, **kwargs):
-        CALLS[name] += 1
-        return original(*args, **kwargs)
-
-    setattr(dist, name, call)
-
-
-for collective in CALLS:  # before DeepSpeed is imported: it keeps its own references
-    count_calls(collective)
+record_collectives()
 
 from comol_ds.parallel import groups
 from comol_ds.parallel.assemble import assemble, build_model
@@ -38,10 +23,11 @@ from tests.distributed.equality_cases import Case
 
 @contextmanager
 def counted():
-    """Yields a dictionary that holds the calls made inside, once the block has ended."""
-    before, inside = dict(CALLS), {}
+    """Yields a dictionary that holds the calls made inside by collective, once the block has ended."""
+    start, inside = len(CALLS), dict.fromkeys(COLLECTIVES, 0)
     yield inside
-    inside.update({name: CALLS[name] - before[name] for name in CALLS})
+    for call in CALLS[start:]:
+        inside[call.name] += 1
 
 
 def main() -> None:
