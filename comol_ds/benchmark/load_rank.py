@@ -17,7 +17,7 @@ from transformers.integrations import HfDeepSpeedConfig
 
 from comol_ds.config import AdapterSettings, ModelSettings, RunConfig
 from comol_ds.parallel import groups
-from comol_ds.parallel.assemble import attach_adapter, build_model, to_bf16
+from comol_ds.parallel.assemble import attach_adapter, build_model
 
 _DS_CONFIG = {
     "train_micro_batch_size_per_gpu": 1,
@@ -64,7 +64,6 @@ def load_with_transformers(config: RunConfig) -> torch.nn.Module:
     hf_ds_config = HfDeepSpeedConfig(_DS_CONFIG)
     base = AutoModelForCausalLM.from_pretrained(config.model.model_name_or_path, dtype=torch.bfloat16)
     model = attach_adapter(base, config.adapter, config.run.seed)
-    to_bf16(model)
     del hf_ds_config  # it lives until here: transformers finds it through a weak reference
     return model
 

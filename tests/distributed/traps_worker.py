@@ -114,13 +114,13 @@ def input_gradient_left() -> AbstractContextManager:
 def drawn_per_shard() -> AbstractContextManager:
     """Every rank draws its slices themselves from the seed, instead of slicing what was drawn whole."""
 
-    def draw_slices(self: CoMoLLinear, adapter: str, device: torch.device, keep: Callable) -> None:
-        for row in self.tables[adapter]:
-            kept = torch.empty_like(keep(row, getattr(self, row.name)[adapter].detach()), device=device)
-            row.initialize(kept)
-            getattr(self, row.name)[adapter] = nn.Parameter(kept)
+    def draw_slices(original: Callable, self: CoMoLLinear, adapter: str, device: torch.device, *keep: Callable) -> None:
+        original(self, adapter, device, *keep)
+        if device.type != "meta":
+            for row in self.tables[adapter]:
+                row.initialize(getattr(self, row.name)[adapter].data)
 
-    return patch.object(CoMoLLinear, "draw_parameters", draw_slices)
+    return _around(CoMoLLinear, "draw_parameters", draw_slices)
 
 
 def other_batches_for_peers() -> AbstractContextManager:
