@@ -39,7 +39,6 @@ _OFF_WITH_TENSOR_PARALLEL = {
         " without an error",
     ),
     "zero_quantized_weights": (False, "the combination is not tested"),
-    "zero_quantized_nontrainable_weights": (False, "the combination is not tested"),
     "zero_quantized_gradients": (False, "the combination is not tested"),
 }
 

@@ -10,11 +10,7 @@ They take turns within every round, each in processes of its own and after the f
 import json
 import math
 import os
-import signal
-import socket
 import statistics
-import subprocess
-import sys
 import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -23,7 +19,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-import comol_ds
+from comol_ds.benchmark.processes import run_ranks
 
 CONTENDERS = ("comol_ds", "transformers", "comol_ds-tp")
 REFERENCE = "transformers"
@@ -99,17 +95,13 @@ def load_once(case: LoadCase, model: Path, contender: str) -> list[dict]:
     """One load in fresh processes; what each rank measured, see load_rank.
 
     Raises:
-        RuntimeError: the ranks failed or did not end in time, with the end of what they said.
+        RuntimeError, subprocess.TimeoutExpired: as `run_ranks` does.
     """
     for file in model.glob("*.safetensors"):
         _drop_from_page_cache(file)
     with tempfile.TemporaryDirectory() as output:
-        command = [
-            *(sys.executable, "-m", "deepspeed.launcher.runner", "--num_accelerators", str(case.ranks)),
-            *("--master_addr", "127.0.0.1", "--master_port", str(_free_port())),
-            *("--module", "comol_ds.benchmark.load_rank", str(model), contender, output),
-        ]
-        _run(command, contender)
+        words = ["--module", "comol_ds.benchmark.load_rank", str(model), contender, output]
+        run_ranks(case.ranks, words, contender, _LIMIT_SECONDS)
         return [json.loads((Path(output) / f"{rank}.json").read_text()) for rank in range(case.ranks)]
 
 
@@ -149,35 +141,10 @@ def _files(shapes: dict[str, torch.Size]) -> list[list[str]]:
     return files
 
 
-def _run(command: list[str], what: str) -> None:
-    """Run a command in a session of its own; past the time limit end all of it."""
-    root = str(Path(comol_ds.__file__).resolve().parents[1])
-    paths = [root, *filter(None, [os.environ.get("PYTHONPATH")])]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "HF_HUB_OFFLINE": "1"}
-    process = subprocess.Popen(
-        command, env=environment, text=True, start_new_session=True,
-        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-    )  # fmt: skip
-    try:
-        said, _ = process.communicate(timeout=_LIMIT_SECONDS)
-    except BaseException:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-        raise
-    if process.returncode:
-        raise RuntimeError(f"{what} failed with exit code {process.returncode}:\n{said[-3000:]}")
-
-
 def _drop_from_page_cache(file: Path) -> None:
     with file.open("rb") as stream:
         os.fsync(stream.fileno())  # what is not yet on the disk cannot be dropped
         os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def _summary(seconds: list[float]) -> dict[str, float]:

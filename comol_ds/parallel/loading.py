@@ -10,7 +10,6 @@ import torch.distributed as dist
 from torch import nn
 
 from comol_ds.ds_config import zero_stage
-from comol_ds.errors import UserError
 from comol_ds.layout import Shard
 from comol_ds.parallel import groups
 from comol_ds.parallel.device import device
@@ -102,17 +101,7 @@ class ZeroPartitioner:
     """
 
     def __init__(self, ds_config: dict[str, Any], mesh: Mesh) -> None:
-        """A collective call where DeepSpeed makes groups of its own (hpZ).
-
-        Raises:
-            UserError: parameters on NVMe, where DeepSpeed keeps no memory to read into.
-        """
-        offload = ds_config["zero_optimization"].get("offload_param") or {}
-        if offload.get("device") == "nvme":
-            raise UserError(
-                "DeepSpeed JSON: zero_optimization.offload_param.device = 'nvme' is not supported: weights are read"
-                " straight into memory; use 'cpu'"
-            )
+        """A collective call where DeepSpeed makes groups of its own (hpZ)."""
         self._mesh, self._scratch = mesh, torch.empty(0, dtype=torch.uint8)
         self._init = deepspeed.zero.Init(
             module=nn.Module(),
@@ -134,13 +123,11 @@ class ZeroPartitioner:
         Returns:
             The parameter, and what this rank holds of it, not yet written.
         """
-        parameter = nn.Parameter(self._unwritten(declared))
+        parameter = nn.Parameter(self._unwritten(declared), declared.requires_grad)
         if replicated and parameter.dim() > 1 and self._mesh.grid.tensor_parallel > 1:
             parameter.ds_zero_partition_process_group = dist.group.WORLD
         self._init._convert_to_deepspeed_param(parameter)
         parameter.partition()
-        # not before: with zero_quantized_nontrainable_weights a frozen parameter is quantized here, without its values
-        parameter.requires_grad_(declared.requires_grad)
         parts = [(parameter.ds_tensor, parameter.ds_process_group)]
         if parameter.ds_secondary_tensor is not None:  # hpZ's copy within the node, which is what gathers then read
             parts.append((parameter.ds_secondary_tensor, parameter.ds_zero_param_process_group))

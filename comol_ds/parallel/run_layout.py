@@ -8,7 +8,7 @@ from comol_ds.ds_config import resolve_ds_config, tensor_parallel_size
 from comol_ds.errors import UserError
 from comol_ds.layout import BatchLayout, RankGrid, plan_batches, plan_grid
 from comol_ds.parallel.groups import World
-from comol_ds.parallel.zero_config import check_hpz, check_zero_block
+from comol_ds.parallel.zero_config import check_hpz, check_weight_storage, check_zero_block
 
 
 @dataclass(frozen=True)
@@ -49,5 +49,6 @@ def resolve_layout(config: RunConfig, template: dict[str, Any], world: World) ->
     )
     ds_config = resolve_ds_config(template, config, batches, bool(config.model.bf16))
     check_zero_block(ds_config)
+    check_weight_storage(ds_config)
     check_hpz(ds_config, world)
     return RunLayout(config, grid, batches, ds_config)

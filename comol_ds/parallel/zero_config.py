@@ -26,11 +26,11 @@ def check_zero_block(ds_config: dict[str, Any]) -> None:
         ) from error
 
 
-def check_quantized(ds_config: dict[str, Any]) -> None:
-    """Refuse what of ZeRO++'s quantization cannot run, or cannot run on this machine.
+def check_weight_storage(ds_config: dict[str, Any]) -> None:
+    """Refuse what of the ZeRO block keeps weights as no machine's runs can.
 
     Raises:
-        UserError: quantized frozen weights, or quantized communication without a GPU.
+        UserError: quantized frozen weights, or weights on NVMe.
     """
     block = ds_config["zero_optimization"]
     if block.get("zero_quantized_nontrainable_weights"):
@@ -38,6 +38,20 @@ def check_quantized(ds_config: dict[str, Any]) -> None:
             "DeepSpeed JSON: zero_optimization.zero_quantized_nontrainable_weights is refused: DeepSpeed 0.19 quantizes"
             " float16 weights only, and runs are bfloat16 or float32; remove it"
         )
+    if (block.get("offload_param") or {}).get("device") == "nvme":
+        raise UserError(
+            "DeepSpeed JSON: zero_optimization.offload_param.device = 'nvme' is not supported: weights are read"
+            " straight into memory; use 'cpu'"
+        )
+
+
+def check_quantized(ds_config: dict[str, Any]) -> None:
+    """Refuse what of ZeRO++'s quantized communication cannot run on this machine; a plan may be for another one.
+
+    Raises:
+        UserError: quantized weights or gradients are to be sent, and there is no GPU.
+    """
+    block = ds_config["zero_optimization"]
     for key in ("zero_quantized_weights", "zero_quantized_gradients"):
         if block.get(key) and get_accelerator().device_name() == "cpu":
             raise UserError(

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 from comol_ds.planner.local_model import LocalParameter, Unit
 from comol_ds.planner.request import Request
-from comol_ds.planner.weights import gathered_over, persists, stored_size
+from comol_ds.planner.weights import gathered_over, persists
 
 
 @dataclass(frozen=True)
@@ -139,7 +139,7 @@ class _Coordinator:
             by_ranks.setdefault(gathered_over(parameter, self._request), []).append(parameter)
         for ranks, group in by_ranks.items():
             if ranks > 1:
-                nbytes = int(sum(parameter.numel * stored_size(parameter, self._request) for parameter in group))
+                nbytes = sum(parameter.nbytes for parameter in group)
                 self.collectives.append(Collective(nbytes, ranks))
                 self._arrivals.append(_Arrival(group, nbytes))
 

@@ -18,8 +18,6 @@ from comol_ds.planner.request import Request
 
 Device = Literal["none", "cpu", "nvme"]  # DeepSpeed's words; none is the accelerator
 _FP32 = 4
-# DeepSpeed's quantizer: int8 and one fp32 scale per group; it doubles the groups while they have more than 8,000 values
-_SCALE_BYTES_PER_VALUE = 4 / 8000
 
 
 @dataclass
@@ -72,12 +70,6 @@ def gathered_over(parameter: LocalParameter, request: Request) -> int:
     return within_node if within_node > 1 else partition_ranks(parameter, request)
 
 
-def stored_size(parameter: LocalParameter, request: Request) -> float:
-    """Bytes per element of a partition and of what is sent of it."""
-    quantized = not parameter.trainable and request.zero.zero_quantized_nontrainable_weights
-    return 1 + _SCALE_BYTES_PER_VALUE if quantized else parameter.itemsize
-
-
 def persists(parameter: LocalParameter, request: Request) -> bool:
     """Whether ZeRO-3 leaves a parameter gathered: as small as stage3_param_persistence_threshold."""
     return parameter.numel <= request.zero.param_persistence_threshold
@@ -108,7 +100,7 @@ def _partitioned_weights(
             numel = partition_numel(parameter, request)
             if within_node > 1:
                 numel += -(-parameter.numel // within_node)
-            kind[device] += int(numel * stored_size(parameter, request))
+            kind[device] += numel * parameter.itemsize
             if persists(parameter, request):
                 kind["none"] += parameter.nbytes
 

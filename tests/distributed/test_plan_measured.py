@@ -10,7 +10,7 @@ from comol_ds.planner.request import resolve
 from tests.distributed.launching import run_deepspeed
 from tests.planner.layouts import RANKS, SUITES, save_model
 
-pytestmark = pytest.mark.distributed
+pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 TOLERANCE = 0.05
 EVERY_LAYOUT = pytest.mark.parametrize(
     ("suite", "layout"),

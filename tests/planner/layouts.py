@@ -108,4 +108,13 @@ def batch(rows: int) -> dict:
     if rows > 1:
         mask[-1, -1] = 0
     labels = ids.masked_fill(mask == 0, -100)
-    return {"input_ids": ids, "attention_mask": mask, "labels": labels, "record_ids": [], "tasks": []}
+    owners = torch.where(mask.bool(), torch.arange(rows).unsqueeze(1), -1)
+    names = [f"row {row}" for row in range(rows)]
+    return {
+        "input_ids": ids,
+        "attention_mask": mask,
+        "labels": labels,
+        "record_index": owners,
+        "record_ids": names,
+        "tasks": names,
+    }

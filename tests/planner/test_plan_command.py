@@ -6,7 +6,7 @@ import json
 import pytest
 
 from comol_ds.planner.report import WIDTH
-from tests.planner.geometries import LLAMA_SMALL, REPOSITORY, save_config
+from tests.planner.geometries import LLAMA_SMALL, REPOSITORY, save_config, template
 
 spec = importlib.util.spec_from_file_location("launch_plan", REPOSITORY / "launch" / "plan.py")
 launcher = importlib.util.module_from_spec(spec)
@@ -82,6 +82,29 @@ def test_bad_input_is_refused_on_one_line(changes, message, call):
     code, output, errors = call(**changes)
     assert (code, output) == (2, "")
     assert errors == f"plan.py: error: {message}\n"
+
+
+@pytest.mark.parametrize(
+    ("block", "start"),
+    [
+        ({"zero_quantized_nontrainable_weights": True}, "zero_quantized_nontrainable_weights is refused: DeepSpeed"),
+        ({"offload_param": {"device": "nvme"}}, "offload_param.device = 'nvme' is not supported: weights are read"),
+    ],
+    ids=str,
+)
+def test_a_json_that_the_trainer_refuses_is_not_planned(block, start, call, tmp_path):
+    path = tmp_path / "ds.json"
+    path.write_text(json.dumps(template(3, **block)))
+    code, output, errors = call(ds_config=path)
+    assert (code, output) == (2, "")
+    assert errors.startswith(f"plan.py: error: DeepSpeed JSON: zero_optimization.{start}")
+    assert errors.count("\n") == 1
+
+
+def test_communication_that_only_this_machine_cannot_run_is_planned(call, tmp_path):
+    path = tmp_path / "ds.json"
+    path.write_text(json.dumps(template(3, zero_quantized_gradients=True)))
+    assert call(ds_config=path)[0] == 0
 
 
 def test_targets_that_match_nothing_are_refused(call):

@@ -81,12 +81,3 @@ def test_hpz_holds_a_second_copy_and_gathers_within_the_node(plan):
     weights = (plain.everything - plain.trainable) * 2
     assert second.held.frozen["none"] == pytest.approx(weights / 8 + weights / 2, rel=1e-3)
     assert gathers(second).sent == pytest.approx(gathers(second).nbytes / 2, rel=1e-3)
-
-
-def test_quantized_weights_take_and_send_a_byte_each(plan):
-    plain, quantized = (
-        plan(template(3, **NOTHING, zero_quantized_nontrainable_weights=value)) for value in (False, True)
-    )
-    assert quantized.held.frozen["none"] == pytest.approx(plain.held.frozen["none"] / 2, rel=0.01)
-    assert gathers(quantized).nbytes == pytest.approx(gathers(plain).nbytes / 2, rel=0.01)
-    assert quantized.held.adapter == plain.held.adapter

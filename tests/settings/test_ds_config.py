@@ -237,11 +237,7 @@ NORM = "gradients are summed over tensor-parallel ranks after the offload has ta
         ),
         *(
             ({"stage": 3, key: True}, f"{key} = True is refused with tensor parallelism: {UNTESTED}; remove it")
-            for key in (
-                "zero_quantized_weights",
-                "zero_quantized_nontrainable_weights",
-                "zero_quantized_gradients",
-            )
+            for key in ("zero_quantized_weights", "zero_quantized_gradients")
         ),
         (
             {"stage": 1, "offload_optimizer": {"device": "cpu"}},

@@ -11,7 +11,7 @@ from comol_ds.ds_config import load_ds_json, resolve_ds_config, tensor_parallel_
 from comol_ds.errors import UserError
 from comol_ds.layout import plan_batches
 from comol_ds.parallel.groups import World
-from comol_ds.parallel.zero_config import check_hpz, check_quantized, check_zero_block
+from comol_ds.parallel.zero_config import check_hpz, check_quantized, check_weight_storage, check_zero_block
 
 FILES = sorted((Path(__file__).resolve().parents[2] / "ds_configs").glob("*.json"))
 
@@ -59,10 +59,27 @@ def test_quantized_communication_needs_a_gpu(key, monkeypatch):
     )
 
 
-def test_quantized_frozen_weights_are_refused():
+@pytest.mark.parametrize(
+    ("block", "message"),
+    [
+        (
+            {"zero_quantized_nontrainable_weights": True},
+            "zero_quantized_nontrainable_weights is refused: DeepSpeed 0.19 quantizes float16 weights only, and runs"
+            " are bfloat16 or float32; remove it",
+        ),
+        (
+            {"offload_param": {"device": "nvme", "nvme_path": "/tmp"}},
+            "offload_param.device = 'nvme' is not supported: weights are read straight into memory; use 'cpu'",
+        ),
+    ],
+    ids=str,
+)
+def test_weights_kept_as_no_run_can(block, message):
     with pytest.raises(UserError) as error:
-        check_quantized({"zero_optimization": {"zero_quantized_nontrainable_weights": True}})
-    assert str(error.value) == (
-        "DeepSpeed JSON: zero_optimization.zero_quantized_nontrainable_weights is refused: DeepSpeed 0.19 quantizes"
-        " float16 weights only, and runs are bfloat16 or float32; remove it"
-    )
+        check_weight_storage({"zero_optimization": block})
+    assert str(error.value) == f"DeepSpeed JSON: zero_optimization.{message}"
+
+
+def test_weights_on_the_host_are_accepted():
+    check_weight_storage({"zero_optimization": {"offload_param": {"device": "cpu"}}})
+    check_weight_storage({"zero_optimization": {"offload_param": None}})

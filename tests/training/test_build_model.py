@@ -10,7 +10,7 @@ from comol_ds.config import ModelSettings
 from comol_ds.errors import UserError
 from comol_ds.layout import RankGrid
 from comol_ds.parallel.assemble import build_skeleton, locate_weights
-from comol_ds.parallel.loading import ZeroPartitioner, load_weights, plain_name
+from comol_ds.parallel.loading import load_weights, plain_name
 from comol_ds.parallel.mesh import Mesh
 from tests.tiny_models import save_tiny_model
 
@@ -31,16 +31,6 @@ def test_a_quantized_model_is_refused(folder):
     assert str(raised.value) == (
         f"--model_name_or_path {folder} is quantized (quantization_config in its config.json); use the model's float32,"
         " bfloat16 or float16 weights"
-    )
-
-
-def test_parameters_on_nvme_are_refused():
-    zero = {"stage": 3, "offload_param": {"device": "nvme", "nvme_path": "/tmp"}}
-    with pytest.raises(UserError) as raised:
-        ZeroPartitioner({"zero_optimization": zero}, ONE_RANK)
-    assert str(raised.value) == (
-        "DeepSpeed JSON: zero_optimization.offload_param.device = 'nvme' is not supported: weights are read straight"
-        " into memory; use 'cpu'"
     )
 
 
