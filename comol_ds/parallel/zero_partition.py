@@ -26,7 +26,7 @@ def gather_adapter(engine: deepspeed.DeepSpeedEngine) -> dict[str, torch.Tensor]
     for name, parameter in engine.module.named_parameters():
         if not parameter.requires_grad:
             continue
-        value = _over_tensor_parallel(parameter, _full_fp32(parameter, engine.zero_optimization_stage()))
+        value = over_tensor_parallel(parameter, full_fp32(parameter, engine.zero_optimization_stage()))
         if dist.get_rank() == 0:
             whole[name] = value.to("cpu", copy=True)
     if dist.get_rank() != 0:
@@ -40,14 +40,14 @@ def adapter_state_dict(model: PeftModel, parameters: dict[str, torch.Tensor]) ->
     return {name: tensor.contiguous() for name, tensor in state.items()}
 
 
-def _full_fp32(parameter: torch.nn.Parameter, stage: int) -> torch.Tensor:
+def full_fp32(parameter: torch.nn.Parameter, stage: int) -> torch.Tensor:
     """The fp32 value of one trainable parameter, over all data-parallel ranks."""
     if stage == 0:
         return parameter.detach().float()
     return safe_get_full_fp32_param(parameter).reshape(getattr(parameter, "ds_shape", parameter.shape))
 
 
-def _over_tensor_parallel(parameter: torch.nn.Parameter, local: torch.Tensor) -> torch.Tensor:
+def over_tensor_parallel(parameter: torch.nn.Parameter, local: torch.Tensor) -> torch.Tensor:
     """The whole tensor from the ranks' slices; a replicated tensor is whole already."""
     shard = getattr(parameter, "shard", None)
     return local if shard is None else join_slices(local, shard, parameter.whole_shape, mesh().tensor_group)

@@ -1,202 +1,238 @@
-"""Checkpoints: what trains, its optimizer, the schedule, every rank's random state, the position in the data.
+"""Checkpoints: what is in one, how it is taken from the engine, and how a run continues it.
 
     checkpoints/step_<n>/
-        deepspeed/       DeepSpeed's own files, without the frozen weights
-        rng_rank<r>.pt   random state of rank r
-        adapter/         the adapter folder at this step, whole tensors
-        state.json       step, and the settings that a resumed run must share
-        COMMITTED        written last: size of every file; without it, or with a file short, the folder is not used
+        deepspeed/                          DeepSpeed's own files, without the frozen weights
+        rng_rank<r>.pt                      random state of rank r
+        training_state/tensors.safetensors  whole fp32 tensors <kind>:<parameter>, the same on every layout
+        adapter/                            the adapter folder at this step, whole tensors
+        state.json                          step, data position, schedule, hyperparameters, identity, versions
+        COMMITTED                           the manifest, see `comol_ds.training.commit`
 
-All ranks see one folder: --output_dir lies on a file system that they share.
+A run on the same layout continues from DeepSpeed's files and the random states, bit by bit. On another layout it
+continues from the training state: what is trained, on which records, at which learning rate is the same, and the losses
+are equal but for the order of additions. Random numbers (dropout masks) are then drawn anew, from seed, step and
+data-parallel rank, because a rank's stored random state belongs to that rank's records.
 """
 
 import json
 import shutil
+from collections.abc import Callable
+from concurrent.futures import Future, wait
 from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from threading import Thread
+from typing import Any, TypeVar
 
 import torch
 from peft import PeftConfig
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 from comol_ds.adapters.adapter_folder import write_adapter
 from comol_ds.adapters.comol_layer import ADAPTER
 from comol_ds.errors import UserError
-from comol_ds.parallel.groups import World, together
-from comol_ds.parallel.rng import rng_state, set_rng_state
-from comol_ds.parallel.zero_partition import gather_adapter
+from comol_ds.parallel.assemble import Assembled
+from comol_ds.parallel.groups import World, gather_objects, mesh, together
+from comol_ds.parallel.native_state import capture_native_files, load_native_files
+from comol_ds.parallel.rng import derive_rng_state, rng_state, set_rng_state
+from comol_ds.parallel.training_state import (
+    VALUES,
+    gather_training_state,
+    optimizer_hyperparameters,
+    restore_training_state,
+    set_optimizer_hyperparameters,
+)
+from comol_ds.parallel.zero_partition import adapter_state_dict
+from comol_ds.training.commit import STATE, Committer, Target, remove_leftovers, write_part
+from comol_ds.training.generation import Generation, claim_generation
+from comol_ds.training.resume import Resume, RunIdentity, read_state
 
-MARKER = "COMMITTED"
-_TAG = "deepspeed"
+T = TypeVar("T")
+_NATIVE = "deepspeed"
+_TENSORS = Path("training_state") / "tensors.safetensors"
+
+
+class CheckpointWriter:
+    """The checkpoints of one run that owns its folder: the state is copied now, written and committed in a thread.
+
+    At most one checkpoint is in flight, so that host memory holds one copy of what this rank trains. Threads use no
+    collective: every rank leaves its part in the folder, and rank 0's thread looks for all of them. Whether it worked
+    is agreed upon between the ranks when the next checkpoint is due, or in `finish`.
+    """
+
+    def __init__(
+        self,
+        checkpoints: Path,
+        generations: Path,
+        identity: RunIdentity,
+        world: World,
+        keep: int | None,
+        wait_seconds: float,
+    ) -> None:
+        """Claim the run folder, and delete what runs that ended inside a save have left. A collective call.
+
+        Raises:
+            UserError: the folder cannot be written; on every rank.
+        """
+
+        def claim() -> tuple[int, list[str]]:
+            if world.rank != 0:
+                return 0, []
+            try:
+                return claim_generation(generations).number, remove_leftovers(checkpoints)
+            except OSError as error:
+                raise UserError(
+                    f"--output_dir {generations.parent} cannot be written: {error}; choose another folder"
+                ) from error
+
+        number, self.removed = gather_objects(together("claim the run folder", claim), "tell the claim")[0]
+        self._checkpoints, self._identity, self._world, self._wait = checkpoints, identity, world, wait_seconds
+        self._generation = Generation(generations, number)
+        self._committer = Committer(world.size, self._generation, keep, wait_seconds)
+        self._flight: _Flight | None = None
+
+    def save(self, assembled: Assembled, step: int) -> None:
+        """Take a copy of everything and start to write it, after the one before is committed. A collective call.
+
+        Raises:
+            RuntimeError: the checkpoint before could not be written; see `finish`.
+        """
+        self.finish()
+        target = Target(self._checkpoints, step, self._generation.number)
+        writers = _take(assembled, step, self._identity, self._world)
+        written = _in_thread(lambda: write_part(target, self._world.rank, writers))
+        commits = self._world.rank == 0
+        self._flight = _Flight(target, written, _in_thread(lambda: self._committer.commit(target) if commits else None))
+
+    def finish(self) -> None:
+        """Wait until the checkpoint in flight is committed. A collective call.
+
+        Raises:
+            Overtaken: another run has claimed the folder since; a RuntimeError with its message on ranks but 0.
+            RuntimeError: a rank could not write its part in time, or rank 0 not commit; on every rank.
+        """
+        if self._flight is None:
+            return
+        flight, self._flight = self._flight, None
+        name, limit = flight.target.name, self._wait
+        try:
+            together(f"write {name}", lambda: _result(flight.written, limit, f"writing {name}"))
+        except BaseException:
+            self._committer.given_up.set()
+            if self._world.rank == 0:  # every rank has ended its part, or this one has lost the others
+                shutil.rmtree(flight.target.writing, ignore_errors=True)
+            raise
+        together(f"commit {name}", lambda: _result(flight.committed, limit, f"committing {name}"))
+
+    def land(self, seconds: float = 60) -> None:
+        """Let this rank end what is in flight before the process ends on an error. Asks no other rank."""
+        if self._flight is None:
+            return
+        wait([self._flight.written], seconds)
+        if self._flight.written.done() and self._flight.written.exception() is None:
+            wait([self._flight.committed], seconds)
 
 
 @dataclass(frozen=True)
-class RunIdentity:
-    """What two runs must have in common for one to continue the other bit-equally."""
+class _Flight:
+    """A checkpoint on its way to the disk; on ranks but 0 nothing is to be committed."""
 
-    world_size: int
-    tensor_parallel: int
-    zero_stage: int
-    bf16: bool
-    global_batch: int
-    micro_batch: int
-    seed: int
-    optim: str
-    model: str
-    adapter: dict[str, Any]
-    data: dict[str, Any]
-
-    def check_same(self, found: dict[str, Any], where: Path) -> None:
-        """Compare with the identity stored in a checkpoint.
-
-        Raises:
-            UserError: naming the first setting that differs and both values.
-        """
-        mine, theirs = _flatten(asdict(self)), _flatten(found)
-        for name, value in mine.items():
-            if theirs.get(name) != value:
-                raise UserError(
-                    f"checkpoint {where} was written with {name} = {theirs.get(name)}, this run has {value};"
-                    " resume with the same setting or choose another --output_dir"
-                )
+    target: Target
+    written: Future
+    committed: Future
 
 
-def save_checkpoint(
-    engine: Any, folder: Path, step: int, identity: RunIdentity, world: World, limit: int | None
-) -> None:
-    """Write and commit checkpoints/step_<n>, then delete the oldest beyond ``limit``. A collective call."""
-    target = folder / f"step_{step}"
-    together("clear the checkpoint folder", lambda: _clear(target) if world.rank == 0 else None)
-    engine.save_checkpoint(str(target), tag=_TAG, save_latest=False, exclude_frozen_parameters=True)
-    adapter = gather_adapter(engine)
-    together("write the checkpoint", lambda: _write_own_files(engine, target, step, identity, world, adapter))
-    together("commit the checkpoint", lambda: _commit(folder, target, limit) if world.rank == 0 else None)
+def _in_thread(action: Callable[[], T]) -> "Future[T]":
+    """The action's result to come. The thread does not keep the process alive: one that crashes must end."""
+    future: Future[T] = Future()
+
+    def work() -> None:
+        try:
+            future.set_result(action())
+        except BaseException as error:
+            future.set_exception(error)
+
+    Thread(target=work, daemon=True).start()
+    return future
 
 
-def load_checkpoint(engine: Any, checkpoint: Path, world: World) -> None:
-    """Restore everything but the data position, which follows from the step. A collective call."""
-    path, _ = engine.load_checkpoint(str(checkpoint), tag=_TAG, load_module_strict=False)
-    if path is None:
-        raise RuntimeError(f"DeepSpeed found nothing to load in {checkpoint}")
-    set_rng_state(torch.load(checkpoint / f"rng_rank{world.rank}.pt", weights_only=True))
-
-
-def find_checkpoint(resume_from: str, folder: Path) -> tuple[Path | None, list[str]]:
-    """The checkpoint to resume from, and a line for every unusable one that was passed over.
-
-    Args:
-        resume_from: ``latest``, or the path of one checkpoint.
-        folder: the run's checkpoints folder.
-
-    Returns:
-        (None, ...) if ``latest`` was asked for and there is no checkpoint at all.
-
-    Raises:
-        UserError: a named checkpoint does not exist; or there are checkpoints and none is usable.
-    """
-    if resume_from == "latest":
-        start, candidates = None, _by_step(folder)
-    else:
-        start = Path(resume_from)
-        if not start.is_dir():
-            raise UserError(f"--resume_from_checkpoint {resume_from}: no such folder; give a step_<n> folder or latest")
-        step = _step_of(start)
-        if step is None:
-            raise UserError(f"--resume_from_checkpoint {resume_from}: not a step_<n> folder; give one or latest")
-        candidates = [start, *(path for path in _by_step(start.parent) if _step_of(path) < step)]
-    passed_over = []
-    for path in candidates:
-        fault = fault_of(path)
-        if fault is None:
-            return path, passed_over
-        passed_over.append(f"checkpoint {path} is not usable: {fault}")
-    if candidates:
-        raise UserError(f"{passed_over[0]}; no committed checkpoint is left, start anew with --overwrite_output_dir")
-    return None, passed_over
-
-
-def read_step(checkpoint: Path, identity: RunIdentity) -> int:
-    """Optimizer steps done at a committed checkpoint.
-
-    Raises:
-        UserError: another run's identity, see `RunIdentity.check_same`.
-    """
-    state = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
-    identity.check_same(state["identity"], checkpoint)
-    return state["step"]
-
-
-def fault_of(checkpoint: Path) -> str | None:
-    """Why the checkpoint must not be used; None if it is committed and every file has its committed size."""
-    marker = checkpoint / MARKER
-    if not marker.exists():
-        return f"it has no {MARKER} marker, the save did not finish"
+def _result(future: "Future[T]", seconds: float, what: str) -> T:
     try:
-        sizes = json.loads(marker.read_text(encoding="utf-8"))["sizes"].items()
-    except (ValueError, KeyError, TypeError, AttributeError):
-        return f"its {MARKER} marker is damaged"
-    for name, size in sizes:
-        file = checkpoint / name
-        found = file.stat().st_size if file.exists() else None
-        if found != size:
-            return f"{name} is missing" if found is None else f"{name} has {found} of {size} bytes"
-    return None
+        return future.result(seconds)
+    except TimeoutError as error:
+        raise RuntimeError(f"{what} has not ended after {seconds:.0f} s; is the file system stuck?") from error
 
 
-def _by_step(folder: Path) -> list[Path]:
-    """All step_<n> folders, newest first."""
-    steps = [path for path in folder.glob("step_*") if path.is_dir() and _step_of(path) is not None]
-    return sorted(steps, key=_step_of, reverse=True)
+def _take(assembled: Assembled, step: int, identity: RunIdentity, world: World) -> dict[str, Callable[[Path], None]]:
+    """A copy in host memory of this rank's part of a checkpoint, as writers of its files. A collective call."""
+    engine = assembled.engine
+    native, random = capture_native_files(engine, _NATIVE), rng_state()
+    writers = {f"{_NATIVE}/{name}": torch_writer(content) for name, content in native.items()}
+    writers[f"rng_rank{world.rank}.pt"] = torch_writer(random)
+    state = gather_training_state(engine)
+    if world.rank != 0:
+        return writers
+    adapter, config = adapter_state_dict(engine.module, state[VALUES]), peft_config(engine)
+    described = _describe(assembled, step, identity, state.keys() - {VALUES})
+    named = {f"{kind}:{name}": tensor for kind, tensors in state.items() for name, tensor in tensors.items()}
+    return writers | {
+        str(_TENSORS): lambda path: save_file(named, path),
+        "adapter": lambda path: write_adapter(adapter, config, path),
+        STATE: lambda path: path.write_text(described, encoding="utf-8"),
+    }
 
 
-def _step_of(path: Path) -> int | None:
-    number = path.name.removeprefix("step_")
-    return int(number) if path.name.startswith("step_") and number.isdigit() else None
+def torch_writer(content: Any) -> Callable[[Path], None]:
+    """Writes a file for torch.load."""
+
+    def write(path: Path) -> None:
+        with path.open("wb") as file:  # torch's own keeps it open after an error, and a full disk full
+            torch.save(content, file)
+
+    return write
 
 
-def _clear(target: Path) -> None:
-    if target.exists():
-        shutil.rmtree(target)
-    target.mkdir(parents=True)
+def _describe(assembled: Assembled, step: int, identity: RunIdentity, optimizer_state: set[str]) -> str:
+    """state.json. The data position counts samples (records, or packed rows) since the start, epoch after epoch."""
+    engine = assembled.engine
+    values = {
+        "step": step,
+        "data_position": {"samples": step * identity.global_batch},
+        "identity": asdict(identity),
+        "optimizer": {"state": sorted(optimizer_state), "groups": optimizer_hyperparameters(engine)},
+        "schedule": engine.lr_scheduler.state_dict(),
+        "router_losses": assembled.router_losses.state_dict(),
+        "versions": {name: version(name) for name in ("torch", "deepspeed", "transformers", "peft")},
+    }
+    return json.dumps(values, indent=2) + "\n"
 
 
-def _write_own_files(
-    engine: Any,
-    target: Path,
-    step: int,
-    identity: RunIdentity,
-    world: World,
-    adapter: dict[str, torch.Tensor],
-) -> None:
-    torch.save(rng_state(), target / f"rng_rank{world.rank}.pt")
-    if world.rank == 0:
-        write_adapter(adapter, peft_config(engine), target / "adapter")
-        state = {"step": step, "identity": asdict(identity)}
-        (target / "state.json").write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
+def load_checkpoint(assembled: Assembled, resume: Resume, identity: RunIdentity, world: World) -> None:
+    """Restore everything but the data position, which follows from the step. A collective call.
+
+    On the same layout also the random states; on another one dropout draws new masks, see the module's docstring.
+    """
+    engine, state = assembled.engine, read_state(resume.path)
+    assembled.router_losses.load_state_dict(state["router_losses"])
+    if not resume.moved:
+        load_native_files(engine, resume.path, _NATIVE)
+        set_rng_state(torch.load(resume.path / f"rng_rank{world.rank}.pt", weights_only=True))
+        return
+    with safe_open(resume.path / _TENSORS, framework="pt") as file:
+        kinds: dict[str, list[str]] = {}
+        for key in file.keys():  # noqa: SIM118 - no dict
+            kind, name = key.split(":", 1)
+            kinds.setdefault(kind, []).append(name)
+        restore_training_state(engine, kinds, lambda kind, name: file.get_tensor(f"{kind}:{name}"))
+    engine.lr_scheduler.load_state_dict(state["schedule"])
+    set_optimizer_hyperparameters(engine, state["optimizer"]["groups"])
+    engine.global_steps = resume.step
+    engine.global_samples = resume.step * identity.global_batch
+    engine.micro_steps = resume.step * engine.gradient_accumulation_steps()
+    derive_rng_state(identity.seed, resume.step, mesh().grid.dp_rank)
 
 
 def peft_config(engine: Any) -> PeftConfig:
     """The adapter configuration of the engine's PEFT model."""
     return engine.module.peft_config[ADAPTER]
-
-
-def _commit(folder: Path, target: Path, limit: int | None) -> None:
-    files = [file for file in target.rglob("*") if file.is_file()]
-    sizes = {str(file.relative_to(target)): file.stat().st_size for file in files}
-    partial = target / f"{MARKER}.partial"
-    partial.write_text(json.dumps({"sizes": sizes}, indent=2) + "\n", encoding="utf-8")
-    partial.rename(target / MARKER)
-    committed = [path for path in _by_step(folder) if (path / MARKER).exists()]
-    for old in committed[limit:] if limit else []:
-        if old != target:
-            shutil.rmtree(old)
-
-
-def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat = {}
-    for name, value in values.items():
-        if isinstance(value, dict):
-            flat.update(_flatten(value, f"{prefix}{name}."))
-        else:
-            flat[f"{prefix}{name}"] = value
-    return flat

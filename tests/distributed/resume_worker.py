@@ -13,21 +13,28 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from comol_ds.parallel import groups
 from comol_ds.parallel.zero_partition import gather_adapter
-from comol_ds.training.checkpoint import RunIdentity, load_checkpoint, save_checkpoint
+from comol_ds.training.checkpoint import CheckpointWriter, load_checkpoint
+from comol_ds.training.resume import RunIdentity, read_checkpoint
 from comol_ds.training.router_load import RouterLoad
 from tests.distributed.case_runner import build_case, run_steps
 from tests.distributed.equality_cases import RESUME_CASES, TP_RESUME_CASES, Case
+from tests.distributed.stored_state import assert_holds_what_is_stored
 
 
 def train(case: Case, models: str, world: groups.World, checkpoints: Path, steps: range) -> dict:
     """Steps of a case; those that do not start at 0 start from the checkpoint at their first one."""
     assembled = build_case(case, models)
     engine = assembled.engine
-    if steps.start:
-        load_checkpoint(engine, checkpoints / f"step_{steps.start}", world)
-    results = [astuple(result) for result in run_steps(assembled, case, RouterLoad(engine.module), steps)]
     identity = RunIdentity(world.size, case.tensor_parallel, 0, False, 8, 4, 7, case.optim, models, {}, {})
-    save_checkpoint(engine, checkpoints, steps.stop, identity, world, None)
+    writer = CheckpointWriter(checkpoints, checkpoints.parent / "generations", identity, world, None, 60)
+    if steps.start:
+        resume = read_checkpoint(checkpoints / f"step_{steps.start}", identity)
+        assert not resume.moved
+        load_checkpoint(assembled, resume, identity, world)
+        assert_holds_what_is_stored(engine, resume.path)
+    results = [astuple(result) for result in run_steps(assembled, case, RouterLoad(engine.module), steps)]
+    writer.save(assembled, steps.stop)
+    writer.finish()
     outcome = {"results": results, "weights": gather_adapter(engine)}
     engine.destroy()
     return outcome

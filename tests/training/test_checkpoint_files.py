@@ -1,74 +1,60 @@
-"""Which checkpoints may be used, which are found, and which are deleted; no engine."""
+"""Which checkpoints are found, by which route they are continued, and which are deleted; no engine."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
 
 from comol_ds.errors import UserError
-from comol_ds.training.checkpoint import MARKER, RunIdentity, _commit, fault_of, find_checkpoint, read_step
+from comol_ds.training.commit import MARKER, fault_of, remove_leftovers
+from comol_ds.training.resume import RunIdentity, find_checkpoint, read_checkpoint
+from tests.committed_files import claimed, commit_files
 
 IDENTITY = {
     "world_size": 2, "tensor_parallel": 1, "zero_stage": 3, "bf16": False, "global_batch": 8, "micro_batch": 4,
-    "seed": 1, "optim": "adamw_torch", "model": "m", "data": "d", "adapter": {"r": 4},
+    "seed": 1, "optim": "adamw_torch", "model": "m", "data": {"dataset": ["d"]}, "adapter": {"r": 4},
 }  # fmt: skip
 
 
-def write(folder: Path, step: int) -> Path:
-    """An uncommitted checkpoint."""
-    target = folder / f"step_{step}"
-    for name, content in {
-        "state.json": json.dumps({"step": step, "identity": IDENTITY}),
-        "rng_rank0.pt": "r" * 40,
-        "deepspeed/optimizer.pt": "o" * 100,
-        "adapter/adapter_model.safetensors": "a" * 60,
-    }.items():
-        (target / name).parent.mkdir(parents=True, exist_ok=True)
-        (target / name).write_text(content)
+@pytest.fixture(autouse=True)
+def no_flush(monkeypatch):
+    """Flushing takes 10 ms a call here, and what it does shows only when the power goes."""
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
+
+
+def commit(folder: Path, *steps: int, keep: int | None = None) -> list[Path]:
+    return [
+        commit_files(
+            folder,
+            step,
+            {
+                "state.json": json.dumps({"step": step, "identity": IDENTITY}),
+                "rng_rank0.pt": "r" * 40,
+                "deepspeed/optimizer.pt": "o" * 100,
+            },
+            keep=keep,
+        )
+        for step in steps
+    ]
+
+
+def uncommitted(folder: Path, step: int) -> Path:
+    """Renamed, not yet marked: the run ended in between."""
+    (target,) = commit(folder, step)
+    (target / MARKER).unlink()
     return target
-
-
-def commit(folder: Path, *steps: int, limit: int | None = None) -> list[Path]:
-    targets = [write(folder, step) for step in steps]
-    for target in targets:
-        _commit(folder, target, limit)
-    return targets
 
 
 def steps_in(folder: Path) -> set[int]:
     return {int(path.name.removeprefix("step_")) for path in folder.glob("step_*")}
 
 
-def test_a_committed_checkpoint_has_no_fault(tmp_path):
-    (target,) = commit(tmp_path, 5)
-    assert fault_of(target) is None
-    sizes = json.loads((target / MARKER).read_text())["sizes"]
-    found = {str(path.relative_to(target)): path.stat().st_size for path in target.rglob("*") if path.is_file()}
-    assert sizes == {name: size for name, size in found.items() if name != MARKER}
-    assert sizes["deepspeed/optimizer.pt"] == 100
-
-
-def test_faults(tmp_path):
-    target = write(tmp_path, 5)
-    assert fault_of(target) == f"it has no {MARKER} marker, the save did not finish"
-    _commit(tmp_path, target, None)
-    (target / "deepspeed/optimizer.pt").write_text("o" * 99)
-    assert fault_of(target) == "deepspeed/optimizer.pt has 99 of 100 bytes"
-    (target / "deepspeed/optimizer.pt").unlink()
-    assert fault_of(target) == "deepspeed/optimizer.pt is missing"
-
-
-@pytest.mark.parametrize("content", [b"", b'{"sizes": {"state.js', b"[]", b"{}", b'{"sizes": [1]}', b"\xff\xfe", b"7"])
-def test_a_damaged_marker_is_a_fault(content, tmp_path):
-    (target,) = commit(tmp_path, 5)
-    (target / MARKER).write_bytes(content)
-    assert fault_of(target) == f"its {MARKER} marker is damaged"
-
-
 def test_latest_is_the_highest_step(tmp_path):
     commit(tmp_path, 9, 100, 10)
     (tmp_path / "step_final").mkdir()
     (tmp_path / "step_200").write_text("a file")
+    (tmp_path / "step_300.writing-1").mkdir()
     assert find_checkpoint("latest", tmp_path) == (tmp_path / "step_100", [])
 
 
@@ -78,7 +64,7 @@ def test_nothing_to_resume_is_no_error(tmp_path):
 
 def test_latest_falls_back_and_says_so(tmp_path):
     _, second, third = commit(tmp_path, 1, 2, 3)
-    write(tmp_path, 4)
+    uncommitted(tmp_path, 4)
     (third / "rng_rank0.pt").write_text("r")
     found, passed_over = find_checkpoint("latest", tmp_path)
     assert found == second
@@ -86,6 +72,13 @@ def test_latest_falls_back_and_says_so(tmp_path):
         f"checkpoint {tmp_path}/step_4 is not usable: it has no {MARKER} marker, the save did not finish",
         f"checkpoint {tmp_path}/step_3 is not usable: rng_rank0.pt has 1 of 40 bytes",
     ]
+
+
+def test_what_was_found_damaged_is_passed_over(tmp_path):
+    first, second = commit(tmp_path, 1, 2)
+    found, passed_over = find_checkpoint("latest", tmp_path, {second: "the content of x is not what was written"})
+    assert found == first
+    assert passed_over == [f"checkpoint {second} is not usable: the content of x is not what was written"]
 
 
 def test_a_named_checkpoint_falls_back_to_earlier_ones_only(tmp_path):
@@ -98,10 +91,20 @@ def test_a_named_checkpoint_falls_back_to_earlier_ones_only(tmp_path):
     assert fault_of(third) is None
 
 
-def test_nothing_usable(tmp_path):
-    write(tmp_path, 1)
-    write(tmp_path, 2)
-    with pytest.raises(UserError, match=r"step_2 is not usable: .* no committed checkpoint is left"):
+def test_a_run_that_ended_inside_its_first_save_starts_anew(tmp_path):
+    target = uncommitted(tmp_path, 2)
+    found, passed_over = find_checkpoint("latest", tmp_path)
+    assert found is None
+    assert passed_over == [f"checkpoint {target} is not usable: it has no {MARKER} marker, the save did not finish"]
+    with pytest.raises(UserError, match=r"step_2 is not usable: .* no committed checkpoint is left, start anew with"):
+        find_checkpoint(str(target), tmp_path)
+
+
+def test_a_run_whose_committed_checkpoints_are_all_damaged_does_not_start_anew(tmp_path):
+    first, second = commit(tmp_path, 1, 2)
+    for path in (first, second):
+        (path / "rng_rank0.pt").unlink()
+    with pytest.raises(UserError, match=r"step_2 is not usable: rng_rank0.pt is missing; no committed checkpoint is"):
         find_checkpoint("latest", tmp_path)
 
 
@@ -112,26 +115,67 @@ def test_a_path_that_is_no_checkpoint(tmp_path):
         find_checkpoint(str(tmp_path), tmp_path)
 
 
-def test_step_and_identity(tmp_path):
+def test_the_same_layout_continues_from_deepspeeds_own_files(tmp_path):
     (target,) = commit(tmp_path, 7)
-    assert read_step(target, RunIdentity(**IDENTITY)) == 7
-    with pytest.raises(UserError, match=r"written with adapter.r = 4, this run has 8"):
-        read_step(target, RunIdentity(**IDENTITY | {"adapter": {"r": 8}}))
+    resume = read_checkpoint(target, RunIdentity(**IDENTITY))
+    assert (resume.path, resume.step, resume.moved) == (target, 7, [])
+    assert resume.route == "by DeepSpeed's own files (same layout)"
+
+
+@pytest.mark.parametrize(
+    ("changes", "moved"),
+    [
+        ({"world_size": 1}, "world_size 2 -> 1"),
+        ({"tensor_parallel": 2}, "tensor_parallel 1 -> 2"),
+        ({"zero_stage": 2}, "zero_stage 3 -> 2"),
+        ({"micro_batch": 1}, "micro_batch 4 -> 1"),
+        ({"world_size": 4, "tensor_parallel": 2}, "world_size 2 -> 4, tensor_parallel 1 -> 2"),
+    ],
+    ids=str,
+)
+def test_another_layout_continues_from_the_canonical_state(changes, moved, tmp_path):
+    (target,) = commit(tmp_path, 7)
+    resume = read_checkpoint(target, RunIdentity(**IDENTITY | changes))
+    assert resume.route == f"by the canonical state (another layout: {moved}; dropout draws new masks)"
+
+
+@pytest.mark.parametrize(
+    ("changes", "difference"),
+    [
+        ({"global_batch": 16}, "global_batch = 8, this run has 16"),
+        ({"seed": 2}, "seed = 1, this run has 2"),
+        ({"bf16": True}, "bf16 = False, this run has True"),
+        ({"optim": "sgd"}, "optim = adamw_torch, this run has sgd"),
+        ({"model": "other"}, "model = m, this run has other"),
+        ({"adapter": {"r": 8}}, "adapter.r = 4, this run has 8"),
+        ({"data": {"dataset": ["e"]}}, "data.dataset = ['d'], this run has ['e']"),
+        ({"world_size": 1, "seed": 2}, "seed = 1, this run has 2"),
+    ],
+    ids=str,
+)
+def test_another_run_is_refused(changes, difference, tmp_path):
+    (target,) = commit(tmp_path, 7)
+    with pytest.raises(UserError) as error:
+        read_checkpoint(target, RunIdentity(**IDENTITY | changes))
+    assert str(error.value) == (
+        f"checkpoint {target} was written with {difference};"
+        " resume with the same setting or choose another --output_dir"
+    )
 
 
 def test_the_limit_keeps_the_newest(tmp_path):
-    commit(tmp_path, 1, 2, 3, limit=2)
+    commit(tmp_path, 1, 2, 3, keep=2)
     assert steps_in(tmp_path) == {2, 3}
-    commit(tmp_path, 4, limit=1)
+    commit(tmp_path, 4, keep=1)
     assert steps_in(tmp_path) == {4}
-    commit(tmp_path, 5, limit=None)
+    commit(tmp_path, 5, keep=None)
     assert steps_in(tmp_path) == {4, 5}
 
 
 def test_an_uncommitted_checkpoint_neither_counts_nor_pushes_out_a_committed_one(tmp_path):
     commit(tmp_path, 1)
-    write(tmp_path, 2)
-    commit(tmp_path, 3, limit=2)
+    uncommitted(tmp_path, 2)
+    commit(tmp_path, 3, keep=2)
     assert steps_in(tmp_path) == {1, 2, 3}
     assert find_checkpoint("latest", tmp_path)[0] == tmp_path / "step_3"
 
@@ -139,19 +183,17 @@ def test_an_uncommitted_checkpoint_neither_counts_nor_pushes_out_a_committed_one
 def test_the_limit_never_deletes_what_was_just_committed(tmp_path):
     # continued from step 1 after the run had reached step 30
     commit(tmp_path, 20, 30)
-    (target,) = commit(tmp_path, 2, limit=1)
+    (target,) = commit(tmp_path, 2, keep=1)
     assert fault_of(target) is None
     assert steps_in(tmp_path) == {2, 30}
 
 
-def test_nothing_is_deleted_before_the_new_one_is_committed(tmp_path, monkeypatch):
-    commit(tmp_path, 1)
-    target = write(tmp_path, 2)
-
-    def no_space(path: Path, to: Path) -> None:
-        raise OSError("disk full")
-
-    monkeypatch.setattr(Path, "rename", no_space)
-    with pytest.raises(OSError, match="disk full"):
-        _commit(tmp_path, target, 1)
-    assert find_checkpoint("latest", tmp_path)[0] == tmp_path / "step_1"
+def test_the_next_run_deletes_what_interrupted_saves_have_left(tmp_path):
+    (committed,) = commit(tmp_path, 1)
+    uncommitted(tmp_path, 4)
+    for name in ("step_2.writing-1", "step_3.replaced-12", "step_final", "step_5.bak"):
+        (tmp_path / name / "deepspeed").mkdir(parents=True)
+    claimed(tmp_path)
+    assert remove_leftovers(tmp_path) == ["step_2.writing-1", "step_3.replaced-12", "step_4"]
+    assert {path.name for path in tmp_path.iterdir()} == {"step_1", "step_final", "step_5.bak"}
+    assert fault_of(committed) is None
