@@ -1,7 +1,7 @@
 """Fine-tune a causal language model with CoMoL adapters: deepspeed launch/train.py --ds_config ds_configs/zero3.json
 
 Starts equally under deepspeed, torchrun, srun python and plain python. Exit codes: 0 done, 2 bad configuration or
-input, anything else a crash.
+input, 75 asked to stop and saved (`comol_ds.training.preemption`), anything else a crash.
 """
 
 import sys
@@ -13,6 +13,7 @@ from comol_ds.errors import UserError
 from comol_ds.parallel.groups import World, exit_process, read_world
 
 EXIT_BAD_INPUT = 2
+EXIT_START_AGAIN = 75  # EX_TEMPFAIL of sysexits.h
 
 
 def main(argv: list[str]) -> int:
@@ -23,11 +24,10 @@ def main(argv: list[str]) -> int:
         config = parse_run_config(argv, demo.defaults_for(config))
         from comol_ds.training.loop import run  # seconds, which a wrong flag and --help need not wait for
 
-        run(config, world)
+        return 0 if run(config, world) else EXIT_START_AGAIN
     except UserError as error:
         tell(error, world)
         return EXIT_BAD_INPUT
-    return 0
 
 
 def tell(error: UserError, world: World | None) -> None:
