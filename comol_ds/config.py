@@ -85,6 +85,31 @@ class AdapterSettings:
 
 
 @dataclass
+class RouterSettings:
+    _argument_group_name: ClassVar[str] = "router"
+
+    router_load: bool = option(True, "Count router statistics and write router_load.jsonl (true|false).")
+    router_load_steps: int | None = option(
+        None, "Optimizer steps between lines of router_load.jsonl. None: --logging_steps."
+    )
+    router_tokens: Literal["all", "completion"] = option(
+        "all", "Tokens that count in router statistics and losses: all but padding, or the completions' only."
+    )
+    router_alarm_steps: int = option(
+        5, "Say so when an expert is dead, or routing collapsed, in this many lines of router_load.jsonl running."
+    )
+    router_aux_loss_coef: float = option(
+        0.0, "Coefficient of the load balance loss, a mean over valid tokens and layers; it keeps experts equally used."
+    )
+    router_z_loss_coef: float = option(
+        0.0, "Coefficient of the router z-loss, a mean over valid tokens and layers; it keeps router logits small."
+    )
+    core_diversity_loss_coef: float = option(
+        0.0, "Coefficient of the core diversity loss, a sum over layers; it keeps cores apart. The authors use 1e-3."
+    )
+
+
+@dataclass
 class DataSettings:
     _argument_group_name: ClassVar[str] = "data"
 
@@ -180,12 +205,28 @@ class RunSettings:
     save_steps: int = option(500, "Optimizer steps between checkpoints; one is always saved at the end.")
     save_total_limit: int | None = option(None, "Keep at most this many checkpoints. None: all.")
     report_to: list[str] = option(("tensorboard",), "Where to plot: tensorboard, wandb, none.")
+    max_hours: float | None = option(
+        None, "Save and stop, with exit code 75, at the end of the step in which this time is over. None: no limit."
+    )
+    stop_margin_minutes: float = option(
+        5.0,
+        "Do so this long before the SLURM job ends (SLURM_JOB_END_TIME), and earlier by the longest step and save so"
+        " far.",
+    )
     collective_timeout_minutes: float = option(30.0, "Longest wait for another rank.")
     dry_run: bool = option(False, "Print the resolved run and one tokenized example, then exit.")
     local_rank: int = option(-1, "Set by the DeepSpeed launcher.")
 
 
-GROUPS = (ModelSettings, AdapterSettings, DataSettings, OptimizerSettings, ParallelSettings, RunSettings)
+GROUPS = (
+    ModelSettings,
+    AdapterSettings,
+    RouterSettings,
+    DataSettings,
+    OptimizerSettings,
+    ParallelSettings,
+    RunSettings,
+)
 
 
 @dataclass
@@ -194,6 +235,7 @@ class RunConfig:
 
     model: ModelSettings = field(default_factory=ModelSettings)
     adapter: AdapterSettings = field(default_factory=AdapterSettings)
+    router: RouterSettings = field(default_factory=RouterSettings)
     data: DataSettings = field(default_factory=DataSettings)
     optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
     parallel: ParallelSettings = field(default_factory=ParallelSettings)
@@ -239,6 +281,8 @@ _RANGES = [
             "preprocessing_num_workers",
             "tensor_parallel_size",
             "consistency_check_steps",
+            "router_load_steps",
+            "router_alarm_steps",
         )
     ),
     *(
@@ -250,6 +294,10 @@ _RANGES = [
             "warmup_steps",
             "max_generate_records",
             "adam_epsilon",
+            "router_aux_loss_coef",
+            "router_z_loss_coef",
+            "core_diversity_loss_coef",
+            "stop_margin_minutes",
         )
     ),
     *(
@@ -266,6 +314,7 @@ _RANGES = [
     ("max_length", lambda v: v > 1, "must be at least 2: the first token of a record has no loss"),
     ("num_train_epochs", lambda v: v > 0, "must be positive"),
     ("collective_timeout_minutes", lambda v: v > 0, "must be positive"),
+    ("max_hours", lambda v: v > 0, "must be positive"),
     (
         "activation_checkpointing",
         lambda v: re.fullmatch(r"none|full|selective:([2-9]|[1-9]\d+)", v, re.ASCII),

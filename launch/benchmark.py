@@ -2,6 +2,8 @@
 
 Examples: python launch/benchmark.py layer --json layer.json
           python launch/benchmark.py load --gigabytes 2 --json load.json
+          python launch/benchmark.py geometry --layers 2 --ranks 2 --json geometry.json
+          python launch/benchmark.py router-load --json router_load.json
 """
 
 import argparse
@@ -41,14 +43,36 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     loading.add_argument("--ranks", type=int, default=2)
     loading.add_argument("--rounds", type=int, default=3, help="loads of every contender")
     loading.add_argument("--folder", type=Path, help="an existing folder on the disk to measure; default: temporary")
-    for suite in (layer, loading):
+    model = suites.add_parser(
+        "geometry",
+        help="Llama-3.1-70B's geometry with few layers and random weights: steps and memory under ZeRO-3 and under TP",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    model.add_argument("--layers", type=int, default=2, help="decoder layers, of 80")
+    model.add_argument("--ranks", type=int, default=2, help="processes, one GPU each where there are some")
+    model.add_argument("--steps", type=int, default=3)
+    model.add_argument("--tokens", type=int, default=64, help="of a row")
+    routers = suites.add_parser(
+        "router-load",
+        help="training steps with router statistics and without",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    routers.add_argument("--hidden", type=int, default=1024, help="hidden size")
+    routers.add_argument("--layers", type=int, default=4, help="decoder layers")
+    routers.add_argument("--tokens", type=int, default=1024, help="of a step")
+    routers.add_argument("--num_experts", type=int, default=8)
+    routers.add_argument(
+        "--rounds", type=int, default=15, help="timed steps of every contender, after 2 for warming up"
+    )
+    for suite in (layer, loading, model, routers):
         suite.add_argument("--json", type=Path, metavar="OUT", help="also write the results here")
     return parser.parse_args(arguments)
 
 
 def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
-    report = {"layer": run_layer, "load": run_load}[options.suite](options)
+    run = {"layer": run_layer, "load": run_load, "geometry": run_geometry, "router-load": run_router_load}
+    report = run[options.suite](options)
     if options.json:
         options.json.write_text(json.dumps(report, indent=2) + "\n")
     return 0
@@ -71,6 +95,28 @@ def run_load(options: argparse.Namespace) -> dict:
         result = load.measure_load(case, options.rounds)
     report = {"machine": machine("cuda" if torch.cuda.is_available() else "cpu"), "results": [result]}
     print(load.table(result), flush=True)
+    return report
+
+
+def run_geometry(options: argparse.Namespace) -> dict:
+    from comol_ds.benchmark import geometry  # and with it DeepSpeed, which the other suites need not wait for
+
+    with tempfile.TemporaryDirectory() as folder:
+        sizes = (options.layers, options.ranks, options.steps, options.tokens)
+        result = geometry.measure_geometry(geometry.GeometryCase(Path(folder), *sizes))
+    report = {"machine": machine("cuda" if torch.cuda.is_available() else "cpu"), "results": [result]}
+    print(geometry.table(result), flush=True)
+    return report
+
+
+def run_router_load(options: argparse.Namespace) -> dict:
+    from comol_ds.benchmark import router_load
+
+    with tempfile.TemporaryDirectory() as folder:
+        sizes = (options.hidden, options.layers, options.tokens, options.num_experts)
+        result = router_load.measure_router_load(router_load.RouterLoadCase(Path(folder), *sizes), options.rounds)
+    report = {"machine": machine("cuda" if torch.cuda.is_available() else "cpu"), "results": [result]}
+    print(router_load.table(result), flush=True)
     return report
 
 

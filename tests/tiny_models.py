@@ -14,6 +14,7 @@ from transformers import (
     Qwen3Config,
 )
 
+from comol_ds.data.collate import packed_batch
 from tests.data.data_helpers import tiny_tokenizer
 
 VOCABULARY = 400  # of the tests' tokenizer
@@ -25,11 +26,13 @@ _SIZES = {
 }  # fmt: skip
 
 _FOUR_KV_HEADS = {"num_attention_heads": 8, "num_key_value_heads": 4}
+_EIGHT_KV_HEADS = {"num_attention_heads": 16, "num_key_value_heads": 8}
 
 FAMILIES: dict[str, PretrainedConfig] = {
     "llama": LlamaConfig(**_SIZES),
     "llama_tied": LlamaConfig(**_SIZES, tie_word_embeddings=True),
     "llama_gqa4": LlamaConfig(**_SIZES | _FOUR_KV_HEADS),
+    "llama_gqa8": LlamaConfig(**_SIZES | _EIGHT_KV_HEADS),
     "llama_bias": LlamaConfig(**_SIZES, attention_bias=True, mlp_bias=True),
     "llama_odd_vocabulary": LlamaConfig(**_SIZES | {"vocab_size": VOCABULARY + 1}),
     "qwen2": Qwen2Config(**{name: size for name, size in _SIZES.items() if name != "head_dim"}),
@@ -71,11 +74,44 @@ def random_batch(rows: int, seed: int, longest: int = 24) -> dict:
         "input_ids": torch.where(attention_mask.bool(), input_ids, 0),
         "labels": torch.where(with_label, input_ids, -100),
         "attention_mask": attention_mask,
+        "record_index": torch.where(attention_mask.bool(), torch.arange(rows).unsqueeze(1), -1),
         "record_ids": [f"random:{seed}:{row}" for row in range(rows)],
-        "tasks": ["random"] * rows,
+        "tasks": [("even", "odd")[row % 2] for row in range(rows)],
     }
 
 
+def left_padded(batch: dict) -> dict:
+    """The same rows with their padding in front."""
+    lengths = (batch["record_index"] >= 0).sum(1)
+
+    def moved(tensor: torch.Tensor) -> torch.Tensor:
+        return torch.stack([row.roll(len(row) - int(n)) for row, n in zip(tensor, lengths, strict=True)])
+
+    return {name: moved(value) if isinstance(value, torch.Tensor) else value for name, value in batch.items()}
+
+
+def random_packed_batch(rows: int, seed: int, longest: int = 24) -> dict:
+    """As many packed rows, of two records each."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def record(number: int) -> dict:
+        length = int(torch.randint(4, longest // 2 + 1, (), generator=generator))
+        ids = torch.randint(3, VOCABULARY, (length,), generator=generator).tolist()
+        labels = [-100] * (length // 3) + ids[length // 3 :]
+        return {
+            "input_ids": ids,
+            "labels": labels,
+            "record_id": f"random:{seed}:{number}",
+            "task": ("even", "odd")[number % 2],
+        }
+
+    return packed_batch([[record(2 * row), record(2 * row + 1)] for row in range(rows)], pad_token_id=0)
+
+
 def slice_batch(batch: dict, rows: slice) -> dict:
-    """Some rows of a batch."""
-    return {name: value[rows] for name, value in batch.items()}
+    """Some rows of a batch whose every row holds a record, padded as they were."""
+    part = {name: value[rows] for name, value in batch.items() if isinstance(value, torch.Tensor)}
+    owner = part["record_index"]
+    first, last = int(owner[owner >= 0].min()), int(owner.max())
+    part["record_index"] = torch.where(owner >= 0, owner - first, owner)
+    return part | {name: batch[name][first : last + 1] for name in ("record_ids", "tasks")}

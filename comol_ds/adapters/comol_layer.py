@@ -16,7 +16,7 @@ from torch import nn
 
 from comol_ds.adapters.initializers import CORE_INITIALIZERS, kaiming_uniform_fan_in
 from comol_ds.adapters.mixing import mix_cores
-from comol_ds.adapters.routing import Gates, InputDropout, PartialSums, Routed
+from comol_ds.adapters.routing import CoreOutput, Gates, InputDropout, PartialSums, Routed
 from comol_ds.adapters.table import AdapterParameter, AxisSizes, Table, parameter_names
 from comol_ds.errors import UserError
 
@@ -54,6 +54,7 @@ class CoMoLLinear(nn.Module, BaseTunerLayer):
 
     Attributes:
         gates: parameterless module whose output is p [..., E]; hook it to watch the router.
+        core_output: parameterless module whose output is s * h M [..., R]; hook it to measure the update.
         partial_sums: seam before routing, for a row-parallel base.
         input_dropout: seam for dropout on x, for a row-parallel base.
         tables: adapter name -> its parameter table.
@@ -80,6 +81,7 @@ class CoMoLLinear(nn.Module, BaseTunerLayer):
             setattr(self, name, nn.ParameterDict())
         self.dropout = nn.ModuleDict()
         self.gates = Gates()
+        self.core_output = CoreOutput()
         self.partial_sums = PartialSums()
         self.input_dropout = InputDropout()
         self.r: dict[str, int] = {}
@@ -182,8 +184,8 @@ class CoMoLLinear(nn.Module, BaseTunerLayer):
         """Whole h [..., R] and logits [..., E] -> s * (h sum_e p_e C_e) B^T, [..., O]."""
         if logits is None:
             logits = F.linear(h, self.comol_router[adapter_name])
-        o = self._mix(h, self.gates(logits, h.dtype), adapter_name)
-        return F.linear(o, self.comol_B[adapter_name])
+        o = self._mix(h, self.gates(logits, h.dtype, adapter_name), adapter_name)
+        return F.linear(self.core_output(o, adapter_name), self.comol_B[adapter_name])
 
     def _mix(self, h: torch.Tensor, p: torch.Tensor, adapter_name: str) -> torch.Tensor:
         """h [..., R], p [..., E] -> s * h sum_e p_e C_e, [..., R]."""

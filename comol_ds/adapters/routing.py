@@ -12,11 +12,12 @@ ROUTERS = ("core", "input")
 class Gates(nn.Module):
     """logits [..., E] -> gates p [..., E], softmax over the experts.
 
-    A module without parameters so that whoever wants router statistics can register a forward hook on it and read p;
-    the layer itself knows no such listener. The softmax is computed in at least fp32 and returned in `dtype`.
+    A module without parameters so that whoever wants router statistics, or a loss on them, can register a forward hook
+    on it and read logits, adapter and p, or replace p; the layer itself knows no such listener. The softmax is computed
+    in at least fp32 and returned in `dtype`.
     """
 
-    def forward(self, logits: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    def forward(self, logits: torch.Tensor, dtype: torch.dtype, adapter_name: str = "default") -> torch.Tensor:
         wide = torch.float64 if logits.dtype == torch.float64 else torch.float32
         return torch.softmax(logits, dim=-1, dtype=wide).to(dtype)
 
@@ -35,6 +36,14 @@ class PartialSums(nn.Module):
     def forward(self, y: torch.Tensor, routed: list[Routed]) -> tuple[torch.Tensor, list[Routed]]:
         """y [..., O] of the base, and one pair per active adapter."""
         return y, routed
+
+
+class CoreOutput(nn.Module):
+    """Seam behind the cores, for whoever measures the update s * (h M) B^T without forming it: o = s * h M passes."""
+
+    def forward(self, o: torch.Tensor, adapter_name: str) -> torch.Tensor:
+        """o [..., R] of the adapter of this name."""
+        return o
 
 
 class InputDropout(nn.Module):

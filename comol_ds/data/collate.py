@@ -1,12 +1,15 @@
 """Records to the tensors of one micro-batch. Shapes: B rows, T tokens of the longest row."""
 
 from collections.abc import Sequence
+from itertools import count
 from typing import Any
 
 import torch
 
 from comol_ds.data.packing import join_records
 from comol_ds.data.tokenization import IGNORED
+
+NO_RECORD = -1  # in record_index: a token of padding
 
 
 def padded_batch(records: Sequence[dict[str, Any] | None], pad_token_id: int) -> dict[str, Any]:
@@ -16,13 +19,18 @@ def padded_batch(records: Sequence[dict[str, Any] | None], pad_token_id: int) ->
     and no label, so it adds nothing to a sum over labels; its record id and task are None.
 
     Returns:
-        int64 `input_ids`, `labels`, `attention_mask` [B, T]; lists `record_ids`, `tasks` of length B.
+        int64 `input_ids`, `labels`, `attention_mask` [B, T]; `record_index` [B, T], which record of the batch a token
+        belongs to, -1 in padding and dummy rows; lists `record_ids`, `tasks` of length B.
     """
     rows = [record or _dummy(pad_token_id) for record in records]
+    owners = [number if record else NO_RECORD for number, record in enumerate(records)]
     return {
         "input_ids": _stack([row["input_ids"] for row in rows], pad_token_id),
         "labels": _stack([row["labels"] for row in rows], IGNORED),
         "attention_mask": _stack([[1] * len(row["input_ids"]) for row in rows], 0),
+        "record_index": _stack(
+            [[owner] * len(row["input_ids"]) for owner, row in zip(owners, rows, strict=True)], NO_RECORD
+        ),
         "record_ids": [row["record_id"] for row in rows],
         "tasks": [row["task"] for row in rows],
     }
@@ -32,17 +40,19 @@ def packed_batch(bins: Sequence[Sequence[dict[str, Any]]], pad_token_id: int) ->
     """Several records per row, padded on the right to the longest row; the pad tail is one more sequence.
 
     Returns:
-        int64 `input_ids`, `labels`, `position_ids` [B, T]; bool `valid_mask` [B, T], False in the pad tail, which is
-        for counting and not for the model; `record_ids` and `tasks` of all records, row after row.
+        int64 `input_ids`, `labels`, `position_ids` [B, T]; `record_index` [B, T] as in `padded_batch`; `record_ids` and
+        `tasks` of all records, row after row.
     """
     rows = [join_records(records) for records in bins]
+    number = count()
+    owners = [[owner for record in records for owner in [next(number)] * len(record["input_ids"])] for records in bins]
     longest = max(len(row["input_ids"]) for row in rows)
     positions = [[*row["position_ids"], *range(longest - len(row["position_ids"]))] for row in rows]
     return {
         "input_ids": _stack([row["input_ids"] for row in rows], pad_token_id),
         "labels": _stack([row["labels"] for row in rows], IGNORED),
         "position_ids": torch.tensor(positions),
-        "valid_mask": _stack([[1] * len(row["input_ids"]) for row in rows], 0).bool(),
+        "record_index": _stack(owners, NO_RECORD),
         "record_ids": [record["record_id"] for records in bins for record in records],
         "tasks": [record["task"] for records in bins for record in records],
     }

@@ -26,6 +26,7 @@ from comol_ds.parallel.gradients import Gradients
 from comol_ds.parallel.loading import load_weights
 from comol_ds.parallel.mesh import Mesh
 from comol_ds.parallel.random_weights import draw_weights
+from comol_ds.parallel.router_losses import RouterLosses
 from comol_ds.parallel.start_adapter import load_start_adapter
 from comol_ds.parallel.tensor_parallel import draw_adapters, parallelize
 from comol_ds.parallel.tp_plan import place_linears
@@ -45,6 +46,7 @@ class Assembled:
     engine: deepspeed.DeepSpeedEngine
     vocabulary: Vocabulary
     gradients: Gradients
+    router_losses: RouterLosses
     hf_ds_config: HfDeepSpeedConfig | None
 
 
@@ -80,7 +82,8 @@ def assemble(config: RunConfig, model_path: str, ds_config: dict[str, Any], tota
     )
     # from here on ranks with other records draw other dropout masks, tensor-parallel peers the same
     torch.manual_seed(config.run.seed + mesh.grid.dp_rank)
-    return Assembled(engine, vocabulary, Gradients(engine, mesh), hf_ds_config)
+    router_losses = RouterLosses(model, config.router, mesh)
+    return Assembled(engine, vocabulary, Gradients(engine, mesh), router_losses, hf_ds_config)
 
 
 def build_model(

@@ -96,6 +96,21 @@ def _tasks_on_this_node(env: dict[str, str]) -> int | None:
     return counts[int(node)]
 
 
+def job_end_time(environ: dict[str, str] | None = None) -> float | None:
+    """Unix time at which SLURM ends this job; None outside of one, or where nobody says it: Slurm 22.05 does
+    not, launch/slurm/job.sh does.
+
+    Raises:
+        UserError: SLURM_JOB_END_TIME is no number.
+    """
+    text = (os.environ if environ is None else environ).get("SLURM_JOB_END_TIME")
+    if text is None:
+        return None
+    if not text.isdigit():
+        raise UserError(f"SLURM_JOB_END_TIME is {text!r}, not a Unix time; unset it")
+    return float(text)
+
+
 def quiet_libraries() -> None:
     """DeepSpeed 0.19 calls collectives that torch 2.13 has renamed: one FutureWarning per call site and rank."""
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed|transformers")
@@ -198,6 +213,16 @@ def gather_objects(value: Any, step: str) -> list[Any]:
     return values
 
 
+def gather_integers(value: int, step: str) -> list[int]:
+    """Every rank's ``value``, in rank order, on every rank, in one collective of 8 bytes per rank."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return [value]
+    barrier(step)
+    values = torch.zeros(dist.get_world_size(), dtype=torch.int64)
+    dist.all_gather(list(values.split(1)), torch.tensor([value]), group=_Control.group)
+    return values.tolist()
+
+
 def sum_over_data_parallel(values: torch.Tensor) -> torch.Tensor:
     """Element-wise sum over the ranks that see different records, in place, on the tensor's own device.
 
@@ -205,6 +230,20 @@ def sum_over_data_parallel(values: torch.Tensor) -> torch.Tensor:
     """
     if mesh().grid.data_parallel > 1:
         dist.all_reduce(values, group=mesh().data_group)
+    return values
+
+
+def sum_over_tensor_parallel(values: torch.Tensor) -> torch.Tensor:
+    """Element-wise sum over the ranks that see the same records, in place, on the tensor's own device."""
+    if mesh().grid.tensor_parallel > 1:
+        dist.all_reduce(values, group=mesh().tensor_group)
+    return values
+
+
+def sum_over_world(values: torch.Tensor) -> torch.Tensor:
+    """Element-wise sum over all ranks, in place, on the tensor's own device."""
+    if mesh().grid.size > 1:
+        dist.all_reduce(values)
     return values
 
 

@@ -1,6 +1,7 @@
 """TensorBoard and W&B through DeepSpeed's monitor, beside the engine: the engine's own events would log the loss
 already divided by the global token count, which nobody wants to read."""
 
+import numpy as np
 from deepspeed.monitor.config import get_monitor_config
 from deepspeed.monitor.monitor import MonitorMaster
 
@@ -18,3 +19,13 @@ def open_monitor(report_to: list[str], output_dir: str) -> MonitorMaster:
     if "wandb" in report_to:
         blocks["wandb"] = {"enabled": True, "project": "comol_ds"}
     return MonitorMaster(get_monitor_config(blocks))
+
+
+def write_image(monitor: MonitorMaster, name: str, image: np.ndarray, step: int) -> None:
+    """A picture [rows, columns, 3] uint8 to TensorBoard and W&B, where they are open; events alone are numbers."""
+    if monitor.tb_monitor is not None:
+        monitor.tb_monitor.summary_writer.add_image(name, image, step, dataformats="HWC")
+    if monitor.wandb_monitor is not None:
+        import wandb  # an extra
+
+        monitor.wandb_monitor.log({name: wandb.Image(image)}, step=step)

@@ -59,6 +59,17 @@ def parameters_line(plan: RunPlan) -> str:
     )
 
 
+def resume_lines(plan: RunPlan, total_steps: int) -> list[str]:
+    """Where the run starts, by which route, and the checkpoints that were passed over."""
+    if plan.resume is not None:
+        route = f"resumed from {plan.resume.path}: step {plan.start_step} of {total_steps}, {plan.resume.route}"
+        nothing_left = ", no step left to train" if plan.start_step >= total_steps else ""
+        return [*plan.passed_over, route + nothing_left]
+    if plan.config.run.resume_from_checkpoint:
+        return [*plan.passed_over, f"no checkpoint in {plan.folder.checkpoints} yet: starting from step 0"]
+    return []
+
+
 def planned_table(plan: RunPlan) -> str:
     """What launch/plan.py would say of this world; why not, for a model that cannot be planned."""
     rank_0 = RankGrid(0, plan.grid.size, plan.grid.tensor_parallel)
@@ -72,12 +83,14 @@ def result_lines(plan: RunPlan, evaluations: list[Evaluation]) -> list[str]:
     """What was learnt, where everything is, and a next command."""
     before = evaluations[0] if len(evaluations) > 1 else None
     changed = " (first evaluation -> last)" if before else ""
+    counted = plan.config.router.router_load
     return [
         f"\nheld-out records{changed}:",
         comparison_table(before, evaluations[-1]),
         f"\nadapter:       {plan.folder.adapter}",
         f"metrics:       {plan.folder.metrics}",
-        f"router load:   {plan.folder.router_load}",
+        *([f"router load:   {plan.folder.router_load}"] if counted else []),
         f"checkpoints:   {plan.folder.checkpoints}",
         f"next:          tensorboard --logdir {plan.folder.path / 'tensorboard'}",
+        *([f"               python launch/router_report.py {plan.folder.path}"] if counted else []),
     ]

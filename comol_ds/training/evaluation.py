@@ -10,7 +10,9 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 from comol_ds.data.tokenization import IGNORED
 from comol_ds.parallel.assemble import Assembled
 from comol_ds.parallel.groups import sum_over_data_parallel
-from comol_ds.training.loss import token_losses
+from comol_ds.training.loss import positions_with_loss
+from comol_ds.training.router_load import VALIDATION, RouterLoad
+from comol_ds.training.step import model_inputs
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,7 @@ class Evaluation:
 
 def evaluate(
     assembled: Assembled,
+    router_load: RouterLoad,
     tasks: list[str],
     batches: Iterable[dict[str, Any]],
     prompts: Iterable[dict[str, Any]],
@@ -50,8 +53,9 @@ def evaluate(
 
     Args:
         assembled: its engine is left in training mode.
+        router_load: counts the forward passes over ``batches`` as validation; generation is not counted.
         tasks: names of all tasks, alike on every rank.
-        batches: input_ids, labels, attention_mask [B, T] and tasks (a list of B names).
+        batches: as `comol_ds.data.collate.padded_batch` makes them.
         prompts: left-padded input_ids, attention_mask [B, T], tasks and references (the expected texts).
         max_new_tokens: longest generated answer, in tokens.
     """
@@ -60,7 +64,7 @@ def evaluate(
     sums = torch.zeros(len(tasks), 4, dtype=torch.float64)  # loss, tokens, exact, generated
     with torch.no_grad():
         for batch in batches:
-            _add_losses(sums, index, assembled, batch, device)
+            _add_losses(sums, index, assembled, router_load, batch, device)
         for batch in prompts:
             _add_matches(sums, index, assembled, batch, tokenizer, max_new_tokens, device)
     assembled.engine.train()
@@ -70,17 +74,23 @@ def evaluate(
 
 
 def _add_losses(
-    sums: torch.Tensor, index: dict[str, int], assembled: Assembled, batch: dict, device: torch.device
+    sums: torch.Tensor,
+    index: dict[str, int],
+    assembled: Assembled,
+    router_load: RouterLoad,
+    batch: dict,
+    device: torch.device,
 ) -> None:
-    labels = batch["labels"].to(device)
-    logits = assembled.engine(
-        input_ids=batch["input_ids"].to(device), attention_mask=batch["attention_mask"].to(device), use_cache=False
-    ).logits
-    losses = token_losses(logits, labels, assembled.vocabulary).sum(1).double().cpu()  # B
-    counts = (batch["labels"][:, 1:] != IGNORED).sum(1)
-    for task, loss, count in zip(batch["tasks"], losses, counts, strict=True):
-        if count:  # the rows that only level the number of batches have none
-            sums[index[task], :2] += torch.stack([loss, count.double()])
+    positions, targets = positions_with_loss(batch["labels"])
+    vocabulary = assembled.vocabulary
+    with router_load.counting(batch, device, VALIDATION), vocabulary.only(positions.to(device)):
+        logits = assembled.engine(**model_inputs(batch, device)).logits  # [1, n, V]
+    losses = vocabulary.cross_entropy(logits.squeeze(0), targets.to(device), IGNORED).double().cpu()  # n
+    # rows that only level the number of batches have no position, and no task
+    rows = positions // batch["labels"].shape[1]
+    for row in rows.unique().tolist():
+        here = rows == row
+        sums[index[batch["tasks"][row]], :2] += torch.stack([losses[here].sum(), here.sum().double()])
 
 
 def _add_matches(

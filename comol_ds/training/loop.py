@@ -1,7 +1,8 @@
 """The whole run, read top to bottom as a story of named steps."""
 
+from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from tqdm import tqdm
@@ -16,14 +17,18 @@ from comol_ds.parallel import groups
 from comol_ds.parallel.assemble import Assembled, assemble, total_steps
 from comol_ds.parallel.consistency import check_same_batch, check_same_replicas
 from comol_ds.parallel.device import device
+from comol_ds.parallel.monitor import open_monitor
+from comol_ds.parallel.watchdog import Watchdog
 from comol_ds.parallel.zero_partition import gather_adapter
-from comol_ds.training.checkpoint import load_checkpoint, peft_config, save_checkpoint
-from comol_ds.training.describe import batches_line, describe_run, parameters_line, result_lines
+from comol_ds.training.checkpoint import CheckpointWriter, load_checkpoint, peft_config
+from comol_ds.training.describe import batches_line, describe_run, parameters_line, result_lines, resume_lines
 from comol_ds.training.evaluation import Evaluation, evaluate
 from comol_ds.training.metrics import Metrics
 from comol_ds.training.plan import RunPlan, load_tokenizer, plan_run
-from comol_ds.training.router_load import RouterLoad
-from comol_ds.training.run_folder import append_json_line
+from comol_ds.training.preemption import StopRequests
+from comol_ds.training.resume import settle_resume
+from comol_ds.training.router_load import VALIDATION, RouterLoad
+from comol_ds.training.router_log import RouterLog
 from comol_ds.training.step import train_step
 
 
@@ -36,9 +41,12 @@ class Run:
     data: PreparedData
     batches: TrainBatches | StreamingBatches
     assembled: Assembled
+    checkpoints: CheckpointWriter
     total_steps: int
     router_load: RouterLoad
     metrics: Metrics
+    router_log: RouterLog
+    requests: StopRequests
     evaluations: list[Evaluation] = field(default_factory=list)
 
     @property
@@ -50,12 +58,15 @@ class Run:
         return self.plan.world.rank == 0
 
 
-def run(config: RunConfig, world: groups.World) -> None:
+def run(config: RunConfig, world: groups.World) -> bool:
     """Train one adapter, from configuration to verified adapter folder.
 
     Args:
         config: settings with model_name_or_path and dataset filled in.
         world: this process among all.
+
+    Returns:
+        whether the run is done; if not, it was asked to stop, has saved, and is to be started again.
 
     Raises:
         UserError: bad configuration or input, on every rank, before any trains.
@@ -65,24 +76,59 @@ def run(config: RunConfig, world: groups.World) -> None:
     if config.run.dry_run:
         if world.rank == 0:
             print(describe_run(plan))
-        return
-    groups.initialize(world, config.run.collective_timeout_minutes, plan.grid.tensor_parallel)
+        return True
+    with StopRequests(plan.folder.path, plan.folder.checkpoints, config.run, world) as requests:
+        groups.initialize(world, config.run.collective_timeout_minutes, plan.grid.tensor_parallel)
+        try:
+            return run_all(set_up(plan, requests))
+        finally:
+            groups.shut_down()
+
+
+def run_all(state: Run) -> bool:
+    """From the first step to the adapter folder; False if the run was asked to stop before its last step was done."""
+    if state.plan.start_step < state.total_steps and came_before_training(state):
+        return False
+    if owes_evaluation(state):
+        evaluate_now(state, state.plan.start_step)
     try:
-        state = set_up(plan)
-        if config.run.eval_on_start and plan.start_step == 0:
-            evaluate_now(state, step=0)
-        train(state)
-        evaluate_now(state, step=state.total_steps)
-        write_final_adapter(state)
-        say(plan, *result_lines(plan, state.evaluations))
-    finally:
-        groups.shut_down()
+        if not train(state):
+            return False
+    except BaseException:
+        state.checkpoints.land()
+        raise
+    state.requests.forget_file()
+    evaluate_now(state, step=state.total_steps)
+    write_final_adapter(state)
+    say(state.plan, *result_lines(state.plan, state.evaluations))
+    return True
 
 
-def set_up(plan: RunPlan) -> Run:
+def came_before_training(state: Run) -> bool:
+    """Whether the run was asked to stop while it was set up. A collective call."""
+    plan = state.plan
+    state.requests.came()
+    reason = state.requests.agreed_reason()
+    if reason is not None:
+        left = "nothing was trained" if plan.resume is None else f"{plan.resume.path} is still the last checkpoint"
+        state.requests.leave(f"stopped before a step: {reason}; {left}")
+    return reason is not None
+
+
+def owes_evaluation(state: Run) -> bool:
+    """Whether the first thing to do is an evaluation: before the first step if the user wants it, or the one that a
+    run left out because it was asked to stop after this step. A collective call."""
+    settings, step = state.plan.config.run, state.plan.start_step
+    if step == 0:
+        return settings.eval_on_start
+    is_due = bool(settings.eval_steps) and step % settings.eval_steps == 0 and step < state.total_steps
+    return is_due and not groups.gather_objects(state.plan.folder.was_evaluated(step), "see what was evaluated")[0]
+
+
+def set_up(plan: RunPlan, requests: StopRequests) -> Run:
     """Data, model, engine and run folder; continues a checkpoint if the plan found one."""
     config, world = plan.config, plan.world
-    say(plan, *plan.passed_over, batches_line(plan), parameters_line(plan))
+    say(plan, batches_line(plan), parameters_line(plan))
     tokenizer = load_tokenizer(config.model.tokenizer_path)
     data = groups.first_on_each_node(
         world, "prepare the data", lambda: prepare_data(config.data, tokenizer, config.run.seed)
@@ -91,15 +137,54 @@ def set_up(plan: RunPlan) -> Run:
     batches = train_batches(plan, data, tokenizer.pad_token_id)
     steps = total_steps(config.optimizer, batches.steps_per_epoch)
     assembled = assemble(config, config.model.model_name_or_path, plan.ds_config, steps, config.model.bf16)
-    if plan.checkpoint is not None:
-        load_checkpoint(assembled.engine, plan.checkpoint, world)
-        nothing_left = ", no step left to train" if plan.start_step >= steps else ""
-        say(plan, f"resumed from {plan.checkpoint}: step {plan.start_step} of {steps}{nothing_left}")
-    elif config.run.resume_from_checkpoint:
-        say(plan, f"no checkpoint in {plan.folder.checkpoints} yet: starting from step 0")
+    checkpoints = claim_run_folder(plan)
+    if config.run.resume_from_checkpoint:
+        resume, passed_over = settle_resume(config.run.resume_from_checkpoint, plan.folder, plan.identity, world)
+        plan = replace(plan, resume=resume, passed_over=passed_over)
+    say(plan, *resume_lines(plan, steps))
+    if plan.resume is not None:
+        load_checkpoint(assembled, plan.resume, plan.identity, world)
     groups.together("prepare the run folder", lambda: prepare_folder(plan))
-    router_load = RouterLoad(assembled.engine.module)
-    return Run(plan, tokenizer, data, batches, assembled, steps, router_load, Metrics(plan))
+    monitor = open_monitor(config.run.report_to, str(plan.folder.path))
+    router_load = RouterLoad(assembled.engine.module, config.router, task_labels(data))
+    router_log = RouterLog(plan, router_load, monitor)
+    return Run(
+        plan,
+        tokenizer,
+        data,
+        batches,
+        assembled,
+        checkpoints,
+        steps,
+        router_load,
+        Metrics(plan, monitor),
+        router_log,
+        requests,
+    )
+
+
+def task_labels(data: PreparedData) -> list[str]:
+    """The labels of the records, the most frequent first; of a stream, those of the validation data. One alone says
+    nothing: none."""
+    counts = Counter(data.report.tasks)
+    counts.update(dict.fromkeys(data.validation["task"], 0))
+    labels = sorted(counts, key=lambda label: (-counts[label], label))
+    return labels if len(labels) > 1 else []
+
+
+def claim_run_folder(plan: RunPlan) -> CheckpointWriter:
+    """From here on no earlier process of this run can commit a checkpoint. A collective call."""
+    folder, settings = plan.folder, plan.config.run
+    checkpoints = CheckpointWriter(
+        folder.checkpoints,
+        folder.generations,
+        plan.identity,
+        plan.world,
+        settings.save_total_limit,
+        settings.collective_timeout_minutes * 60,
+    )
+    say(plan, *(f"deleted what an interrupted save has left: {name}" for name in checkpoints.removed))
+    return checkpoints
 
 
 def prepare_folder(plan: RunPlan) -> None:
@@ -108,28 +193,63 @@ def prepare_folder(plan: RunPlan) -> None:
         plan.folder.prepare(plan.config, plan.ds_config, plan.start_step)
 
 
-def train(state: Run) -> None:
-    """Optimizer steps from the plan's start to the end, with logging, evaluation and checkpoints on the way."""
-    plan, settings, last = state.plan, state.plan.config.run, state.total_steps
-    where = device()
+def train(state: Run) -> bool:
+    """Optimizer steps from the plan's start to the end, with logging, evaluation and checkpoints on the way.
+
+    Returns:
+        whether the last step was done; if not, the run was asked to stop, and the state is saved.
+    """
+    plan, last = state.plan, state.total_steps
+    where, asked = device(), state.requests.came_or_time_is_up
+    limit = plan.config.run.collective_timeout_minutes * 60
     progress = tqdm(total=last, initial=plan.start_step, disable=not state.is_main, unit="step")
-    for step, micro_batches in steps_from(state.batches, plan.start_step, last):
-        if step == plan.start_step + 1 or step % plan.config.parallel.consistency_check_steps == 0:
-            check_same_batch(micro_batches, step)
-            check_same_replicas(state.engine.module, step)
-        result = train_step(state.assembled, micro_batches, state.router_load, where, step)
-        state.metrics.add(result)
-        progress.update()
-        if step % settings.logging_steps == 0 or step == last:
-            line = state.metrics.log(step, state.engine.get_lr()[0])
-            progress.set_postfix_str(f"loss {line['loss']:.4f}, {line['tokens_per_second']:.0f} tokens/s")
-            log_router_load(state, step)
-        if settings.eval_steps and step % settings.eval_steps == 0 and step != last:
-            evaluate_now(state, step)
-        if step % settings.save_steps == 0 or step == last:
-            folder, limit = plan.folder.checkpoints, settings.save_total_limit
-            save_checkpoint(state.engine, folder, step, plan.identity, plan.world, limit)
-    progress.close()
+    with Watchdog(plan.folder.path, plan.world, limit, plan.start_step) as watchdog, progress:
+        for step, micro_batches in steps_from(state.batches, plan.start_step, last):
+            if step == plan.start_step + 1 or step % plan.config.parallel.consistency_check_steps == 0:
+                check_same_batch(micro_batches, step)
+                check_same_replicas(state.engine.module, step)
+            detail = state.router_log.is_due(step, last)
+            result = train_step(state.assembled, micro_batches, state.router_load, where, step, detail, asked)
+            state.metrics.add(result)
+            progress.update()
+            stops = result.stop_requests > 0 and step != last
+            with watchdog.paused(step):
+                log_step(state, step, progress, stops)
+                if stops:
+                    save_and_leave(state, step)
+                    return False
+                evaluate_and_save(state, step)
+    state.checkpoints.finish()
+    return True
+
+
+def log_step(state: Run, step: int, progress: tqdm, stops: bool) -> None:
+    """Lines of metrics and router statistics where they are due; where the run ends, over what is not yet logged."""
+    last = state.total_steps
+    if step % state.plan.config.run.logging_steps == 0 or step == last or stops:
+        line = state.metrics.log(step, state.engine.get_lr()[0])
+        progress.set_postfix_str(f"loss {line['loss']:.4f}, {line['tokens_per_second']:.0f} tokens/s")
+    if state.router_log.is_due(step, last) or stops:
+        say(state.plan, *state.router_log.write(step))
+
+
+def evaluate_and_save(state: Run, step: int) -> None:
+    """An evaluation and a checkpoint, where they are due."""
+    settings, last = state.plan.config.run, state.total_steps
+    if settings.eval_steps and step % settings.eval_steps == 0 and step != last:
+        evaluate_now(state, step)
+    if step % settings.save_steps == 0 or step == last:
+        state.requests.clock.save_starts(step)
+        state.checkpoints.save(state.assembled, step)
+
+
+def save_and_leave(state: Run, step: int) -> None:
+    """A committed checkpoint, and why there is one."""
+    reason = state.requests.agreed_reason()
+    state.checkpoints.save(state.assembled, step)
+    state.checkpoints.finish()
+    saved = state.plan.folder.checkpoints / f"step_{step}"
+    state.requests.leave(f"stopped after step {step} of {state.total_steps}: {reason}; saved {saved}")
 
 
 def steps_from(
@@ -173,6 +293,7 @@ def evaluate_now(state: Run, step: int) -> None:
     )
     evaluation = evaluate(
         state.assembled,
+        state.router_load,
         sorted(set(records["task"])),
         EvalBatches(records, size, grid.dp_rank, grid.data_parallel, pad),
         prompts,
@@ -182,13 +303,7 @@ def evaluate_now(state: Run, step: int) -> None:
     )
     state.evaluations.append(evaluation)
     state.metrics.log_evaluation(step, evaluation)
-
-
-def log_router_load(state: Run, step: int) -> None:
-    """One line of router_load.jsonl. A collective call."""
-    load = state.router_load.pop()
-    if state.is_main and load is not None:
-        append_json_line(state.plan.folder.router_load, {"step": step, **load})
+    state.router_log.write(step, VALIDATION)
 
 
 def write_final_adapter(state: Run) -> None:

@@ -4,7 +4,6 @@ import torch
 import torch.nn.functional as F
 
 from comol_ds.data.tokenization import IGNORED
-from comol_ds.parallel.vocabulary import Vocabulary
 
 
 def count_targets(labels: torch.Tensor) -> int:
@@ -24,22 +23,6 @@ def positions_with_loss(labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tenso
     targets = _next_tokens(labels).flatten()
     positions = (targets != IGNORED).nonzero().squeeze(1)
     return positions, targets[positions]
-
-
-def token_losses(logits: torch.Tensor, labels: torch.Tensor, vocabulary: Vocabulary) -> torch.Tensor:
-    """Cross-entropy of each next token in fp32, 0 where ignored.
-
-    Args:
-        logits: [B, T, V], or this rank's slice of the vocabulary, any float type.
-        labels: [B, T], token ids or -100; not shifted.
-        vocabulary: how the logits are spread over the ranks.
-
-    Returns:
-        [B, T-1].
-    """
-    # the last positions are ignored, not cut off: that would copy the logits
-    losses = vocabulary.cross_entropy(logits.flatten(0, 1), _next_tokens(labels).flatten(), IGNORED)
-    return losses.view(labels.shape)[:, :-1]
 
 
 def _next_tokens(labels: torch.Tensor) -> torch.Tensor:

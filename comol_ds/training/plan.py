@@ -21,7 +21,7 @@ from comol_ds.parallel.start_adapter import check_start_adapter
 from comol_ds.parallel.tp_plan import check_placement, place_linears
 from comol_ds.parallel.zero_config import check_quantized
 from comol_ds.parallel.zero_partition import count_parameters
-from comol_ds.training.checkpoint import RunIdentity, find_checkpoint, read_step
+from comol_ds.training.resume import Resume, RunIdentity, plan_resume
 from comol_ds.training.run_folder import RunFolder
 
 
@@ -35,12 +35,16 @@ class RunPlan:
     batches: BatchLayout
     ds_config: dict[str, Any]
     folder: RunFolder
-    checkpoint: Path | None
+    resume: Resume | None
     passed_over: list[str]
-    start_step: int
     trainable_parameters: int
     all_parameters: int
     identity: RunIdentity
+
+    @property
+    def start_step(self) -> int:
+        """Optimizer steps that are done before this run starts."""
+        return 0 if self.resume is None else self.resume.step
 
 
 def plan_run(config: RunConfig, world: World) -> RunPlan:
@@ -65,12 +69,11 @@ def plan_run(config: RunConfig, world: World) -> RunPlan:
     trainable, everything = preview_parameters(model, config)
     identity = identify(config, world, ds_config)
     folder = RunFolder(config.run.output_dir)
-    checkpoint, passed_over = None, []
+    resume, passed_over = None, []
     if config.run.resume_from_checkpoint:
-        checkpoint, passed_over = plan_resume(config.run.resume_from_checkpoint, folder)
+        resume, passed_over = plan_resume(config.run.resume_from_checkpoint, folder, identity)
     elif not config.run.dry_run:
         folder.check_free(config.run.overwrite_output_dir)
-    start_step = read_step(checkpoint, identity) if checkpoint else 0
     return RunPlan(
         config,
         world,
@@ -78,9 +81,8 @@ def plan_run(config: RunConfig, world: World) -> RunPlan:
         layout.batches,
         ds_config,
         folder,
-        checkpoint,
+        resume,
         passed_over,
-        start_step,
         trainable,
         everything,
         identity,
@@ -102,6 +104,7 @@ def identify(config: RunConfig, world: World, ds_config: dict[str, Any]) -> RunI
         model=f"{config.model.model_name_or_path}{', random weights' if config.model.init_random else ''}",
         adapter=asdict(config.adapter),
         data={name: data[name] for name in _DECIDE_DATA_ORDER},
+        router_losses={name: value for name, value in asdict(config.router).items() if name.endswith("_coef")},
     )
 
 
@@ -119,27 +122,6 @@ _DECIDE_DATA_ORDER = (
     "train_on_prompt",
     "streaming",
 )
-
-
-def plan_resume(resume_from: str, folder: RunFolder) -> tuple[Path | None, list[str]]:
-    """The checkpoint to continue, and a line for each unusable one passed over, such that two runs do not mix.
-
-    Raises:
-        UserError: no usable checkpoint; the run folder belongs to another run, or to this one's future.
-    """
-    checkpoint, passed_over = find_checkpoint(resume_from, folder.checkpoints)
-    if checkpoint is None:
-        return None, passed_over
-    if checkpoint.parent.resolve() != folder.checkpoints.resolve():
-        folder.check_free(overwrite=False)
-        return checkpoint, passed_over
-    newest, _ = find_checkpoint("latest", folder.checkpoints)
-    if newest.resolve() != checkpoint.resolve():
-        raise UserError(
-            f"--resume_from_checkpoint {checkpoint}: {newest} is newer and would be mixed with what follows; delete it,"
-            " resume from it, or choose another --output_dir"
-        )
-    return checkpoint, passed_over
 
 
 def decide_bf16(asked: bool | None) -> bool:

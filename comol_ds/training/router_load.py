@@ -1,87 +1,86 @@
-"""How the routers spread tokens over the experts: per adapted layer, mean gate and share of the arg-max, per expert.
+"""Router statistics of a run: which tokens count, when, and the sum over the ranks."""
 
-Counted on the device over valid tokens only, once per token, reduced over the ranks at logging steps.
-"""
-
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
+from torch import nn
 
-from comol_ds.adapters.routing import Gates
-from comol_ds.parallel.groups import sum_over_data_parallel
+from comol_ds.config import RouterSettings
+from comol_ds.data.tokenization import IGNORED
+from comol_ds.parallel.groups import mesh, sum_over_world
+from comol_ds.parallel.tensor_parallel import base_kind
+from comol_ds.router_load.counting import NOT_COUNTED, RouterCounts
+
+TRAIN, VALIDATION = "train", "validation"
+MAX_TASKS = 64  # more labels than that are rather identifiers; the others count as one group
 
 
 class RouterLoad:
-    """Collects gates from every `Gates` module of a model while armed.
+    """Counts the routers of the model while `counting`, training and validation apart.
 
-    Recomputation under activation checkpointing happens in backward, outside `counting`, and so is not counted.
+    Tensor-parallel ranks see the same tokens: the first of them counts, and the others add the parts of the updates'
+    size that they alone hold.
+
+    Args:
+        model: adapted and sharded.
+        settings: whether, and which tokens count.
+        tasks: labels of the records; the first `MAX_TASKS` are counted separately.
     """
 
-    def __init__(self, model: torch.nn.Module):
-        self._mask: torch.Tensor | None = None
-        self._sums: dict[str, torch.Tensor] = {}  # layer -> [2, E]: sums of gates, counts of arg-max
-        self._tokens: torch.Tensor | None = None
-        self._hooks = [
-            module.register_forward_hook(self._hook(_layer_name(name)))
-            for name, module in model.named_modules()
-            if isinstance(module, Gates)
-        ]
+    def __init__(self, model: nn.Module, settings: RouterSettings | None = None, tasks: Sequence[str] = ()) -> None:
+        self.settings = settings or RouterSettings()
+        grid = mesh().grid
+        self._counts = (
+            RouterCounts(
+                model,
+                tasks=tasks[:MAX_TASKS],
+                counts_replicated=grid.tp_rank == 0,
+                holds_slice=lambda layer: base_kind(layer) == "column",
+            )
+            if self.settings.router_load
+            else None
+        )
 
-    @contextmanager
-    def counting(self, valid: torch.Tensor) -> Iterator[None]:
-        """Count the forward passes inside. valid: [B, T] bool, True where a real token stands."""
-        self._mask = valid.flatten()  # N
-        counted = self._mask.sum(dtype=torch.float64)
-        self._tokens = counted if self._tokens is None else self._tokens + counted
-        try:
-            yield
-        finally:
-            self._mask = None
+    def counting(
+        self, batch: dict[str, Any], device: torch.device, split: str = TRAIN, detail: bool = True
+    ) -> AbstractContextManager[None]:
+        """Count the forward pass inside, over this batch.
 
-    def pop(self) -> dict[str, Any] | None:
-        """Means over all ranks since the last call, and start anew; None if nothing was counted. A collective call.
-
-        Returns:
-            {"tokens": number, "layers": {name: {"mean_gate": [E], "argmax_share": [E]}}}
+        Args:
+            batch: as `comol_ds.data.collate` makes them.
+            device: the model's.
+            split: train or validation.
+            detail: also measure the updates' size and the cores' cosine, which costs more.
         """
-        if self._tokens is None or not self._sums:
-            return None
-        names = list(self._sums)
-        packed = torch.cat([self._tokens.view(1), *(self._sums[name].flatten() for name in names)])
-        sum_over_data_parallel(packed)
-        tokens, values = packed[0].item(), packed[1:].cpu() / packed[0].clamp(min=1).cpu()
-        layers, start = {}, 0
-        for name in names:
-            experts = self._sums[name].shape[1]
-            gate, argmax = values[start : start + 2 * experts].view(2, experts).tolist()
-            layers[name] = {"mean_gate": gate, "argmax_share": argmax}
-            start += 2 * experts
-        self._sums, self._tokens = {}, None
-        return {"tokens": int(tokens), "layers": layers}
+        if self._counts is None:
+            return nullcontext()
+        groups = torch.tensor([self._counts.group_of(task) for task in batch["tasks"]])
+        owner = batch["record_index"].flatten()
+        counts = routed_tokens(batch, self.settings).flatten()
+        index = torch.where(counts, groups[owner.clamp(min=0)], NOT_COUNTED)
+        return self._counts.counting(split, index.to(device), detail)
+
+    def pop(self, split: str = TRAIN) -> dict[str, Any] | None:
+        """The statistics over all ranks since the last call, see `RouterCounts.pop`; None if nothing was counted.
+
+        A collective call: one sum for all layers.
+        """
+        return None if self._counts is None else self._counts.pop(split, sum_over_world)
 
     def close(self) -> None:
         """Remove the hooks."""
-        for hook in self._hooks:
-            hook.remove()
-
-    def _hook(self, layer: str):
-        def count(module: Gates, args: tuple, gates: torch.Tensor) -> None:
-            if self._mask is None:
-                return
-            with torch.no_grad():
-                experts = gates.shape[-1]
-                flat = gates.detach().reshape(-1, experts)  # N E
-                weight = self._mask.to(flat.dtype)  # N
-                argmax = torch.zeros(experts, dtype=torch.float64, device=flat.device)
-                argmax.index_add_(0, flat.argmax(-1), self._mask.double())
-                sums = torch.stack([(weight.float() @ flat.float()).double(), argmax])
-                self._sums[layer] = self._sums[layer] + sums if layer in self._sums else sums
-
-        return count
+        if self._counts is not None:
+            self._counts.close()
 
 
-def _layer_name(module_name: str) -> str:
-    """base_model.model.model.layers.0.self_attn.q_proj.<gates> -> model.layers.0.self_attn.q_proj"""
-    return module_name.rsplit(".", 1)[0].removeprefix("base_model.model.")
+def valid_tokens(batch: dict[str, Any]) -> torch.Tensor:
+    """[B, T] bool: True where a token of a record stands."""
+    return batch["record_index"] >= 0
+
+
+def routed_tokens(batch: dict[str, Any], settings: RouterSettings) -> torch.Tensor:
+    """[B, T] bool: the tokens that count in router statistics and losses."""
+    valid = valid_tokens(batch)
+    return valid & (batch["labels"] != IGNORED) if settings.router_tokens == "completion" else valid

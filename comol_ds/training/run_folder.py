@@ -10,6 +10,7 @@ import yaml
 
 from comol_ds.config import RunConfig
 from comol_ds.errors import UserError
+from comol_ds.training.commit import by_step
 
 
 class RunFolder:
@@ -18,6 +19,7 @@ class RunFolder:
     def __init__(self, output_dir: str):
         self.path = Path(output_dir)
         self.checkpoints = self.path / "checkpoints"
+        self.generations = self.path / "generations"
         self.adapter = self.path / "adapter"
         self.metrics = self.path / "metrics.jsonl"
         self.router_load = self.path / "router_load.jsonl"
@@ -34,7 +36,7 @@ class RunFolder:
             raise UserError(f"--output_dir {self.path}: {existing} is a file; choose a folder")
         if not os.access(existing, os.W_OK):
             raise UserError(f"--output_dir {self.path}: no permission to write in {existing}; choose another folder")
-        if not overwrite and any(self.checkpoints.glob("step_*")):
+        if not overwrite and by_step(self.checkpoints):
             raise UserError(
                 f"--output_dir {self.path} holds checkpoints of an earlier run; continue it with"
                 " --resume_from_checkpoint, delete it with --overwrite_output_dir, or choose another folder"
@@ -50,6 +52,13 @@ class RunFolder:
         for log in (self.metrics, self.router_load, self.evaluations):
             _keep_until(log, from_step)
 
+    def was_evaluated(self, step: int) -> bool:
+        """Whether evaluations.jsonl has a line of this step."""
+        if not self.evaluations.exists():
+            return False
+        lines = self.evaluations.read_text(encoding="utf-8").splitlines()
+        return any(json.loads(line)["step"] == step for line in lines)
+
     def _delete_earlier_run(self) -> None:
         """Delete what a run writes, and only that: --output_dir may hold other things."""
         for folder in (self.checkpoints, self.adapter, self.path / "tensorboard"):
@@ -59,9 +68,18 @@ class RunFolder:
 
 
 def append_json_line(path: Path, record: dict[str, Any]) -> None:
-    """Append one JSON object as one line."""
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(record) + "\n")
+    """Append one JSON object as one line.
+
+    Raises:
+        RuntimeError: the disk is full, or cannot be written any more.
+    """
+    try:
+        with path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+    except OSError as error:
+        raise RuntimeError(
+            f"{path} cannot be written: {error}; make room and continue with --resume_from_checkpoint"
+        ) from error
 
 
 def _keep_until(path: Path, step: int) -> None:

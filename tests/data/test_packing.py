@@ -71,7 +71,7 @@ def test_packed_batch_pads_with_one_more_sequence():
     assert batch["input_ids"].tolist() == [[5, 6, 7, 8, 9], [4, 4, 0, 0, 0]]
     assert batch["labels"][1].tolist() == [IGNORED, 4, IGNORED, IGNORED, IGNORED]
     assert batch["position_ids"].tolist() == [[0, 1, 0, 1, 2], [0, 1, 0, 1, 2]]
-    assert batch["valid_mask"].tolist() == [[True] * 5, [True] * 2 + [False] * 3]
+    assert batch["record_index"].tolist() == [[0, 0, 1, 1, 1], [2, 2, -1, -1, -1]]
     assert batch["record_ids"] == ["x:1", "x:2", "x:3"] and "attention_mask" not in batch
 
 

@@ -12,8 +12,8 @@ from comol_ds.parallel.groups import mesh
 from comol_ds.parallel.zero_partition import gather_adapter
 from comol_ds.training.router_load import RouterLoad
 from comol_ds.training.step import StepResult, train_step
-from tests.distributed.equality_cases import Case
-from tests.tiny_models import random_batch, slice_batch
+from tests.distributed.equality_cases import TASKS, Case
+from tests.tiny_models import slice_batch
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -39,26 +39,28 @@ def build_case(case: Case, models: str) -> Assembled:
 
 
 def run_steps(assembled: Assembled, case: Case, load: RouterLoad, steps: range) -> list[StepResult]:
-    """Train ``steps``; step s works on the random global batch of seed s."""
+    """Train ``steps``, the case's last one counted with detail; step s works on the random global batch of seed s."""
     grid = mesh().grid
     micro = case.global_batch // grid.data_parallel // case.accumulation
     first = grid.dp_rank * micro * case.accumulation
     results = []
     for step in steps:
-        whole = random_batch(case.global_batch, seed=step)
+        whole = case.batch(step)
         mine = [slice_batch(whole, slice(first + i * micro, first + (i + 1) * micro)) for i in range(case.accumulation)]
-        results.append(train_step(assembled, mine, load, device(), step + 1))
+        detail = step + 1 == case.steps
+        results.append(train_step(assembled, mine, load, device(), step + 1, detail))
     return results
 
 
 def train_case(case: Case, models: str) -> dict:
     """Train a case from start to end: what the equality tests compare."""
     assembled = build_case(case, models)
-    load = RouterLoad(assembled.engine.module)
+    load = RouterLoad(assembled.engine.module, tasks=TASKS)
     results = run_steps(assembled, case, load, range(case.steps))
     outcome = {
         "losses": [result.loss_sum / result.targets for result in results],
         "norms": [result.grad_norm for result in results],
+        "router_losses": [result.router_losses for result in results],
         "load": load.pop(),
         "weights": gather_adapter(assembled.engine),
     }

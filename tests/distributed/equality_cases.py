@@ -8,9 +8,15 @@ from comol_ds.config import (
     ModelSettings,
     OptimizerSettings,
     ParallelSettings,
+    RouterSettings,
     RunConfig,
     RunSettings,
 )
+from tests.tiny_models import left_padded, random_batch, random_packed_batch
+
+TASKS = ("even", "odd")  # of the random batches
+# each strong enough to change where the training ends
+ROUTER_LOSSES = {"router_aux_loss_coef": 20.0, "router_z_loss_coef": 0.2, "core_diversity_loss_coef": 0.1}
 
 
 @dataclass(frozen=True)
@@ -34,10 +40,20 @@ class Case:
     tp_plan: str | None = None
     offload: str = "none"
     partition: bool = False
+    batches: str = "right"  # where the padding is: right, left, or packed rows
+    router_losses: tuple[str, ...] = ()  # names among ROUTER_LOSSES
 
     @property
     def name(self) -> str:
-        return "-".join(map(str, asdict(self).values()))
+        values = asdict(self) | {"router_losses": bool(self.router_losses)}
+        return "-".join(map(str, values.values()))
+
+    def batch(self, step: int) -> dict:
+        """The global batch of a step."""
+        if self.batches == "packed":
+            return random_packed_batch(self.global_batch, seed=step)
+        batch = random_batch(self.global_batch, seed=step)
+        return left_padded(batch) if self.batches == "left" else batch
 
     def run_config(self, models: str) -> RunConfig:
         """Settings of this case; ``models`` holds one model folder per family, and plan files."""
@@ -60,6 +76,7 @@ class Case:
                 lora_dropout=self.dropout,
                 modules_to_save=["lm_head"] if self.train_head else None,
             ),
+            router=RouterSettings(**{name: ROUTER_LOSSES[name] for name in self.router_losses}),
             optimizer=OptimizerSettings(
                 learning_rate=learning_rate,
                 optim=self.optim,
@@ -87,7 +104,7 @@ CASES = [
         for optim in ("adamw_torch", "sgd")
         for checkpointing in ("none", "full")
     ),
-    # DeepSpeed makes hpZ's groups once per process, so 70b_multinode, which has both, cannot follow
+    # DeepSpeed makes hpZ's groups once per process: 70b_multinode, which has them too, is a suite of its own
     *(Case(ds_config, 1, "sgd", "none") for ds_config in ("zero3_zeropp", "70b_8x80gb")),
     Case("zero3_offload", 1, "adamw_torch", "none"),
     Case("zero3_offload", 4, "sgd", "full"),
@@ -100,7 +117,12 @@ CASES = [
 BF16_CASES = [Case(ds_config, 1, "adamw_torch", "none", bf16=True) for ds_config in ("zero2", "zero3")]
 
 RESUME_CASES = [
-    Case(ds_config, 2, "adamw_torch", "none", dropout=0.1) for ds_config in ("zero1", "zero2", "zero3", "zero3_offload")
+    # the load balance loss needs the load of the step before the checkpoint
+    Case("zero2", 2, "sgd", "none", dropout=0.1, router_losses=tuple(ROUTER_LOSSES)),
+    *(
+        Case(ds_config, 2, "adamw_torch", "none", dropout=0.1)
+        for ds_config in ("zero1", "zero2", "zero3", "zero3_offload")
+    ),
 ]
 
 # r is no multiple of the tensor-parallel size
@@ -143,7 +165,7 @@ DROPOUT_CASES = [variation(checkpointing=checkpointing, dropout=0.3) for checkpo
 TP2_DP2_CASES = [
     *_tensor_parallel(2, "llama"),
     variation(family="qwen3", accumulation=3),
-    variation(family="llama_tied"),
+    variation(ds_config="zero3_tp2", family="llama_tied"),
     variation(ds_config="zero3_offload", accumulation=3),
 ]
 TP2_DP2_VARIATIONS = [
@@ -160,7 +182,12 @@ TP2_DP2_VARIATIONS = [
 ]
 TP_BF16_CASES = [variation(ds_config=f"zero{stage}", optim="adamw_torch", bf16=True) for stage in (1, 2, 3)]
 TP4_CASES = [*_tensor_parallel(4, "llama_gqa4"), variation(family="qwen3_gqa4", tensor_parallel=4)]
-TP_RESUME_CASES = [variation(ds_config=f"zero{stage}", optim="adamw_torch", dropout=0.1) for stage in (0, 1, 2, 3)]
+TP8_CASES = [variation(ds_config="zero3_tp8", tensor_parallel=8, family="llama_gqa8", steps=4)]
+MULTINODE_CASES = [Case("70b_multinode", 1, "sgd", "none")]
+TP_RESUME_CASES = [
+    variation(ds_config="zero3", router_losses=tuple(ROUTER_LOSSES)),
+    *(variation(ds_config=f"zero{stage}", optim="adamw_torch", dropout=0.1) for stage in (0, 1, 2, 3)),
+]
 
 
 def _activations(zero: int, tensor_parallel: int, *modes: tuple[str, str, bool], dropout: float = 0.0) -> list[Case]:
@@ -211,10 +238,33 @@ BESIDE_NOTHING = [
     variation(ds_config="zero0", tensor_parallel=2, accumulation=2, global_batch=4),
 ]
 
+
+def _router_cases(tensor_parallel: int, accumulations: tuple[int, ...] = (1, 3)) -> list[Case]:
+    """Statistics and losses of the routers: paddings x recomputation x accumulation, every ZeRO stage, every mode."""
+    usual = {"tensor_parallel": tensor_parallel, "steps": 4, "router_losses": tuple(ROUTER_LOSSES)}
+    cases = [
+        variation(accumulation=accumulation, checkpointing=checkpointing, batches=batches, **usual)
+        for batches in ("right", "left", "packed")
+        for checkpointing in ("none", "full")
+        for accumulation in accumulations
+    ]
+    cases += [variation(ds_config=f"zero{stage}", accumulation=3, batches="packed", **usual) for stage in (0, 1, 2)]
+    cases += [variation(router="input", accumulation=3, **usual), variation(optim="adamw_torch", **usual)]
+    if tensor_parallel > 1:
+        cases += [
+            variation(checkpointing="full", partition=True, offload=offload, **usual) for offload in ("none", "cpu")
+        ]
+    return cases
+
+
 SUITES = {
+    "router": _router_cases(1) + _router_cases(2),
+    "router-tp2dp2": _router_cases(2, accumulations=(3,)),
     "zero": CASES + BF16_CASES,
     "tp2": TP2_CASES + DROPOUT_CASES,
     "tp4": TP4_CASES,
+    "tp8": TP8_CASES,
+    "70b_multinode": MULTINODE_CASES,
     "tp2dp2": TP2_DP2_CASES + TP_BF16_CASES,
     "tp2dp2-variations": TP2_DP2_VARIATIONS,
     "activations": ACTIVATION_CASES + ACTIVATION_DROPOUT_CASES,

@@ -1,6 +1,7 @@
 """The reference that every distributed run must equal: the literal training loop in one plain PyTorch process."""
 
 import dataclasses
+import itertools
 from functools import cache
 
 import pytest
@@ -8,11 +9,13 @@ import torch
 from torch.nn.utils import clip_grad_norm_
 from transformers import AutoModelForCausalLM
 
-from comol_ds.adapters.routing import Gates
+from comol_ds.adapters.comol_layer import CoMoLLinear
+from comol_ds.config import RouterSettings
 from comol_ds.parallel.assemble import attach_adapter, build_optimizer, build_schedule
 from comol_ds.parallel.zero_partition import adapter_state_dict
+from comol_ds.training.step import model_inputs
 from tests.distributed.equality_cases import Case
-from tests.tiny_models import random_batch
+from tests.router_recount import Recount, assert_same_statistics
 
 TOLERANCE = 1e-5  # relative, fp32
 
@@ -27,26 +30,63 @@ def one_process(case: Case, models: str) -> dict:
     schedule = build_schedule(optimizer, config.optimizer, case.steps)
     trainable = [p for p in model.parameters() if p.requires_grad]
     torch.manual_seed(config.run.seed)  # dropout starts where a run's first data-parallel rank starts
-    losses, norms, gates = [], [], {}
-    for name, module in model.named_modules():
-        if isinstance(module, Gates):
-            gates[name.removeprefix("base_model.model.").removesuffix(".gates")] = collected = []
-            module.register_forward_hook(lambda _, __, p, collected=collected: collected.append(p.detach()))
-    valid = []
-    for step in range(case.steps):
-        batch = random_batch(case.global_batch, seed=step)
-        valid.append(batch["attention_mask"].bool())
-        logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+    losses, norms, router_losses = [], [], []
+    routers = LiteralRouterLosses(model, config.router)
+    recount = Recount(model, from_inputs=case.dropout == 0)
+    batches = [case.batch(step) for step in range(case.steps)]
+    for batch in batches:
+        logits = model(**model_inputs(batch, torch.device("cpu"))).logits
         loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten())
-        loss.backward()
+        router_loss, values = routers.of_batch(batch["record_index"] >= 0)
+        (loss + router_loss).backward()
         norms.append(float(clip_grad_norm_(trainable, config.optimizer.max_grad_norm)))
         losses.append(loss.item())
+        router_losses.append(values)
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
     weights = adapter_state_dict(model, {n: p.detach() for n, p in model.named_parameters() if p.requires_grad})
-    load = {name: torch.stack(p)[torch.stack(valid)].double().mean(0).tolist() for name, p in gates.items()}
-    return {"losses": losses, "norms": norms, "weights": weights, "load": load}
+    detailed = [step == case.steps - 1 for step in range(case.steps)]
+    load = recount.statistics(batches, [batch["record_index"] >= 0 for batch in batches], detailed)
+    return {"losses": losses, "norms": norms, "router_losses": router_losses, "weights": weights, "load": load}
+
+
+class LiteralRouterLosses:
+    """The losses on routers and cores as they are written down, over the whole batch, from what the routers compute."""
+
+    def __init__(self, model: torch.nn.Module, settings: RouterSettings) -> None:
+        self.settings = settings
+        self.layers = [module for module in model.modules() if isinstance(module, CoMoLLinear)]
+        self.routed: list[tuple[torch.Tensor, torch.Tensor]] = []
+        for layer in self.layers:
+            layer.gates.register_forward_hook(lambda _, args, p: self.routed.append((args[0], p)))
+        self.load = [
+            torch.full((layer.num_experts["default"],), 1 / layer.num_experts["default"]) for layer in self.layers
+        ]
+
+    def of_batch(self, valid: torch.Tensor) -> tuple[torch.Tensor, dict[str, float]]:
+        """Their weighted sum, and each alone; valid [B, T] bool."""
+        routed, self.routed[:] = list(self.routed), []
+        gates = [p[valid].mean(0) for _, p in routed]
+        pairs = [
+            (p.shape[0] * (load * p).sum(), torch.logsumexp(logits[valid], dim=1).square().mean())
+            for p, load, (logits, _) in zip(gates, self.load, routed, strict=True)
+        ]
+        self.load = [p.detach() for p in gates]
+        means = [torch.stack(values).mean() for values in zip(*pairs, strict=True)]
+        diversity = sum(_squared_cosine(layer.comol_cores["default"]) for layer in self.layers)
+        values = dict(
+            zip(("router_aux_loss", "router_z_loss", "core_diversity_loss"), (*means, diversity), strict=True)
+        )
+        coefficients = {name: getattr(self.settings, f"{name}_coef") for name in values}
+        total = sum(coefficients[name] * value for name, value in values.items())
+        return total, {name: value.item() for name, value in values.items() if coefficients[name]}
+
+
+def _squared_cosine(cores: torch.Tensor) -> torch.Tensor:
+    """cores [E, R, R]: mean over pairs of different ones."""
+    pairs = list(itertools.combinations(cores.flatten(1), 2))
+    return sum(torch.cosine_similarity(a, b, dim=0).square() for a, b in pairs) / len(pairs)
 
 
 def expected_of(case: Case, models: str) -> dict:
@@ -75,14 +115,15 @@ def assert_bf16_training(found: dict, case: Case, models: str) -> None:
     assert not torch.equal(down, down.bfloat16().float())
 
 
-def assert_equal_router_load(found: dict, case: Case, expected: dict) -> None:
-    """Every token counts once, with the gates of the reference."""
-    steps = range(case.steps)
-    tokens = sum(int(random_batch(case.global_batch, seed=step)["attention_mask"].sum()) for step in steps)
-    assert found["tokens"] == tokens
-    for layer, share in found["layers"].items():
-        assert share["mean_gate"] == pytest.approx(expected[layer], rel=TOLERANCE)
-        assert sum(share["argmax_share"]) == pytest.approx(1)
+def assert_equal_router_load(found: dict, expected: dict) -> None:
+    """Every token counts once, with what the routers of the reference computed."""
+    assert_same_statistics(found["load"], expected["load"], rel=TOLERANCE, absolute=1e-6)
+
+
+def assert_equal_router_losses(found: dict, expected: dict) -> None:
+    """Every loss of every step."""
+    for mine, reference in zip(found["router_losses"], expected["router_losses"], strict=True):
+        assert mine == pytest.approx(reference, rel=TOLERANCE)
 
 
 def relative(found: torch.Tensor, expected: torch.Tensor) -> float:

@@ -12,7 +12,8 @@ from comol_ds.config_parser import parse_run_config
 from comol_ds.data.batches import EvalBatches
 from comol_ds.data.prepare import prepare_data
 from comol_ds.parallel.vocabulary import Vocabulary
-from comol_ds.training.loss import count_targets, token_losses
+from comol_ds.training.loss import count_targets
+from tests.token_losses import token_losses
 
 
 def json_lines(path: Path) -> list[dict]:

@@ -48,7 +48,7 @@ def test_equals_one_process(suite, case, trained, models):
     found = torch.load(trained(suite) / f"{case.name}.pt")
     expected = expected_of(case, str(models))
     assert_equal_training(found, expected)
-    assert_equal_router_load(found["load"], case, expected["load"])
+    assert_equal_router_load(found, expected)
 
 
 def keeping_all(case: Case) -> Case:

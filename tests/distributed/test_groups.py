@@ -16,6 +16,7 @@ def printed(extensions):
 @pytest.mark.distributed
 def test_every_rank_sees_every_value(printed):
     assert all(f"rank {rank} gathered [0, 10]" in printed for rank in (0, 1))
+    assert all(f"rank {rank} counted [{2**40}, {2**40 + 1}]" in printed for rank in (0, 1))
 
 
 @pytest.mark.distributed

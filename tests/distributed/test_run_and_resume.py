@@ -71,7 +71,7 @@ def test_run_folder_holds_everything(first_run):
     _, out, printed = first_run
     assert {path.name for path in out.iterdir()} >= {
         "config.yaml", "ds_config.json", "metrics.jsonl", "router_load.jsonl", "evaluations.jsonl",
-        "tensorboard", "checkpoints", "adapter",
+        "tensorboard", "checkpoints", "adapter", "generations",
     }  # fmt: skip
     config = yaml.safe_load((out / "config.yaml").read_text())
     assert (config["global_batch_size"], config["bf16"], config["lora_dropout"]) == (8, False, 0.1)
@@ -79,10 +79,18 @@ def test_run_folder_holds_everything(first_run):
     metrics = json_lines(out / "metrics.jsonl")
     assert [line["step"] for line in metrics] == list(range(1, STEPS + 1))
     assert set(metrics[0]) == {
-        "step", "loss", "grad_norm", "lr", "tokens", "tokens_per_second", "memory", "seconds"
+        "step", "loss", "grad_norm", "lr", "tokens", "tokens_per_second", "memory", "memory_per_rank", "seconds"
     }  # fmt: skip
+    for line in metrics:
+        assert len(line["memory_per_rank"]) == 2 and line["memory"] == max(line["memory_per_rank"])
+        assert min(line["memory_per_rank"]) > 100 * 2**20, "an interpreter with torch takes more"
     load = json_lines(out / "router_load.jsonl")
-    assert len(load) == STEPS and len(load[0]["layers"]) == 2 * 5
+    steps = range(1, STEPS + 1)
+    assert [(line["step"], line["split"]) for line in load] == [*((s, "train") for s in steps), (STEPS, "validation")]
+    assert all(len(line["layers"]) == 2 * 5 and line["version"] == 1 for line in load)
+    assert [line["tokens"]["all"] for line in load[:-1]] == [line["tokens"] for line in metrics]
+    gates = [layer["mean_gate"] for line in load for layer in line["layers"].values()]
+    assert all(sum(gate) == pytest.approx(1, abs=1e-5) for gate in gates)
     assert list((out / "tensorboard").iterdir())
     assert sorted(path.name for path in (out / "checkpoints").iterdir()) == ["step_4", "step_8"]
     assert all((path / "COMMITTED").exists() for path in (out / "checkpoints").iterdir())
@@ -111,11 +119,13 @@ def test_resume_falls_back_to_the_committed_one_and_is_bit_equal(first_run, tmp_
     shutil.copytree(out, copy)
     shutil.rmtree(copy / "adapter")
     damaged = next((copy / "checkpoints" / "step_8" / "deepspeed").glob("*optim_states.pt"))
-    damaged.write_bytes(damaged.read_bytes()[:1000])
+    content = bytearray(damaged.read_bytes())
+    content[len(content) // 2] ^= 1
+    damaged.write_bytes(content)
     run = run_torchrun(arguments(model, copy, "--resume_from_checkpoint"), extensions)
     assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-4000:]
-    assert f"{damaged.name} has 1000 of" in run.stdout
-    assert f"resumed from {copy / 'checkpoints' / 'step_4'}: step 4 of 8" in run.stdout
+    assert f"step_8 is not usable: the content of deepspeed/{damaged.name} is not what was written" in run.stdout
+    assert f"resumed from {copy / 'checkpoints' / 'step_4'}: step 4 of 8, by DeepSpeed's own files" in run.stdout
     before, after = json_lines(out / "metrics.jsonl"), json_lines(copy / "metrics.jsonl")
     bits = [(line["step"], line["loss"], line["grad_norm"], line["lr"]) for line in before]
     assert [(line["step"], line["loss"], line["grad_norm"], line["lr"]) for line in after] == bits
@@ -124,6 +134,28 @@ def test_resume_falls_back_to_the_committed_one_and_is_bit_equal(first_run, tmp_
     expected, found = read_adapter(out / "adapter")[1], read_adapter(copy / "adapter")[1]
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
     assert found.keys() == expected.keys()
+
+
+@pytest.mark.slow
+def test_resume_on_another_layout_says_so_and_continues_the_logs(first_run, tmp_path, extensions):
+    """Two data-parallel ranks under ZeRO-3 become one tensor-parallel pair under ZeRO-1."""
+    model, out, _ = first_run
+    copy = tmp_path / "out"
+    shutil.copytree(out, copy)
+    shutil.rmtree(copy / "checkpoints" / "step_8")
+    layout = {"tensor_parallel_size": 2, "ds_config": REPOSITORY / "ds_configs" / "zero1.json"}
+    words = arguments(model, copy, "--resume_from_checkpoint", **layout)
+    run = run_deepspeed(2, REPOSITORY / "launch" / "train.py", words, extensions)
+    assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-4000:]
+    assert (
+        "step 4 of 8, by the canonical state (another layout: tensor_parallel 1 -> 2, zero_stage 3 -> 1; dropout draws"
+        " new masks)" in run.stdout
+    )
+    before, after = json_lines(out / "metrics.jsonl"), json_lines(copy / "metrics.jsonl")
+    assert [(line["step"], line["lr"], line["tokens"]) for line in after] == [
+        (line["step"], line["lr"], line["tokens"]) for line in before
+    ]
+    assert after[:4] == before[:4] and after[4:] != before[4:]
 
 
 def test_starts_from_slurm_variables(first_run, tmp_path, extensions):

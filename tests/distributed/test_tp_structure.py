@@ -81,3 +81,23 @@ def test_replicated_matrices_are_spread_over_all_ranks(report):
     """Slices over the two data-parallel ranks; vectors stay with the slices that they are gathered with."""
     for name, ranks in report["groups"].items():
         assert ranks == (4 if "mlp" in name else 2), name
+
+
+@pytest.mark.parametrize("losses", ["plain", "losses"])
+@pytest.mark.parametrize("what", ["on", "detail"])
+def test_router_statistics_add_no_collective_to_a_step(report, what, losses):
+    """Accumulation 3 and recomputation."""
+    step = report["routers"][losses][what]
+    assert step == report["routers"][losses]["off"] and len(step) > 30
+
+
+def test_router_losses_add_no_collective_to_a_step(report):
+    """What they need of the other ranks rides in the sum of the losses."""
+    plain, losses = ([name for name, _ in report["routers"][which]["off"]] for which in ("plain", "losses"))
+    assert plain == losses
+
+
+def test_router_statistics_are_read_in_one_collective(report):
+    """For all layers: 4 groups of tokens (all, two tasks, the rest), 3 experts."""
+    per_layer = 4 * (3 * 3 + 2) + 4 * 2 + 2
+    assert report["routers"]["plain"]["pop"] == [["all_reduce", 7 * LAYERS * per_layer]]

@@ -3,6 +3,7 @@
 Usage: deepspeed tp_structure_worker.py MODELS OUTPUT_FOLDER
 """
 
+import dataclasses
 import json
 import sys
 from contextlib import contextmanager
@@ -18,14 +19,15 @@ from tests.distributed.recorded_calls import CALLS, record_collectives
 
 record_collectives()
 
+from comol_ds.config import RouterSettings
 from comol_ds.parallel import groups
 from comol_ds.parallel.assemble import Assembled, assemble
 from comol_ds.parallel.tp_layers import ColumnParallelLinear
-from comol_ds.training.loss import token_losses
 from comol_ds.training.router_load import RouterLoad
 from tests.distributed.case_runner import build_case, resolve_case, run_steps
-from tests.distributed.equality_cases import variation
+from tests.distributed.equality_cases import ROUTER_LOSSES, TASKS, variation
 from tests.tiny_models import random_batch
+from tests.token_losses import token_losses
 
 ROWS = 2
 
@@ -107,6 +109,25 @@ def zero3(models: str) -> dict:
     return {"gathers": gathers, "views": views, "planted": planted}
 
 
+def router_statistics(models: str, losses: tuple[str, ...]) -> dict[str, list[tuple[str, int]]]:
+    """The collectives of a step, always on the same batch, with ever more asked of the routers; and of reading them."""
+    case = variation(accumulation=3, checkpointing="full", steps=2, router_losses=losses)
+    assembled = build_case(case, models)
+    load = RouterLoad(assembled.engine.module, tasks=TASKS)
+    silent = RouterLoad(assembled.engine.module, RouterSettings(router_load=False))
+    run_steps(assembled, case, silent, range(1))
+    # the last step of a case is counted with detail
+    plain = dataclasses.replace(case, steps=9)
+    calls = {}
+    for what, counts, as_case in (("off", silent, plain), ("on", load, plain), ("detail", load, case)):
+        start = len(CALLS)
+        run_steps(assembled, as_case, counts, range(1, 2))
+        calls[what] = [(call.name, call.numel) for call in CALLS[start:]]
+    start = len(CALLS)
+    load.pop()
+    return calls | {"pop": [(call.name, call.numel) for call in CALLS[start:]]}
+
+
 def partition_groups(models: str) -> dict[str, int]:
     """Number of ranks that share each frozen weight of the first layer, with a plan that leaves its MLP whole."""
     assembled = build_case(variation(ds_config="zero3", tp_plan="attention_only.json"), models)
@@ -118,7 +139,12 @@ def main() -> None:
     models, output = sys.argv[-2:]
     world = groups.read_world()
     groups.initialize(world, timeout_minutes=2, tensor_parallel=2)
-    report = {"count": count(models), "zero3": zero3(models), "groups": partition_groups(models)}
+    report = {
+        "count": count(models),
+        "zero3": zero3(models),
+        "groups": partition_groups(models),
+        "routers": {"plain": router_statistics(models, ()), "losses": router_statistics(models, tuple(ROUTER_LOSSES))},
+    }
     if world.rank == 0:
         (Path(output) / "report.json").write_text(json.dumps(report))
     groups.shut_down()

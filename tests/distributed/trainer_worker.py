@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, Trainer, TrainingArguments  # noq
 
 from comol_ds import CoMoLConfig  # noqa: E402
 from comol_ds.parallel.groups import exit_process  # noqa: E402
+from comol_ds.router_load.trainer_callback import RouterLoadCallback  # noqa: E402
 from tests.tiny_models import random_batch  # noqa: E402
 
 
@@ -42,7 +43,7 @@ def main() -> None:
     model = get_peft_model(base, CoMoLConfig(task_type="CAUSAL_LM", r=4, num_experts=3, target_modules="all-linear"))
     rows = random_batch(16, seed=0)
     records = [{name: rows[name][i] for name in ("input_ids", "labels", "attention_mask")} for i in range(16)]
-    trainer = Trainer(model=model, args=arguments, train_dataset=records)
+    trainer = Trainer(model=model, args=arguments, train_dataset=records, callbacks=[RouterLoadCallback()])
     trainer.train()
     trainer.save_model()
     if trainer.is_world_process_zero():

@@ -25,7 +25,7 @@ from comol_ds.parallel.collectives import sum_over_tensor_parallel
 from comol_ds.parallel.gradients import Gradients
 from comol_ds.parallel.mesh import Mesh
 from comol_ds.parallel.tensor_parallel import ADAPTER, base_kind
-from tests.distributed import case_runner
+from tests.distributed import case_runner, equality_cases
 from tests.distributed.equality_cases import Case
 
 # The learning rate is 0 in the first step, and B is 0 until the second step has changed it: A, cores and router have no
@@ -133,7 +133,7 @@ def other_batches_for_peers() -> AbstractContextManager:
         ids = (3 + batch["input_ids"] % 300) * batch["attention_mask"]
         return batch | {"input_ids": ids, "labels": torch.where(batch["labels"] == -100, -100, ids)}
 
-    return _around(case_runner, "random_batch", other_records)
+    return _around(equality_cases, "random_batch", other_records)
 
 
 def nothing_broken() -> AbstractContextManager:

@@ -11,8 +11,9 @@ from transformers import AutoModelForCausalLM, GPT2Config
 
 from comol_ds.config_parser import parse_run_config
 from comol_ds.parallel.groups import World
-from comol_ds.training.checkpoint import MARKER, _commit
+from comol_ds.training.commit import MARKER
 from comol_ds.training.plan import plan_run
+from tests.committed_files import commit_files
 from tests.data.data_helpers import sums, tiny_tokenizer, write_jsonl
 from tests.launch.launcher_calls import launcher, refused, snapshot
 from tests.tiny_models import FAMILIES
@@ -157,6 +158,15 @@ def test_zero_options_that_do_not_go_with_tensor_parallelism(message, inputs, tw
     assert found.startswith("DeepSpeed JSON: zero_optimization.zero_hpz_partition_size = 2 is refused with tensor")
 
 
+def test_weights_kept_as_no_run_can(message, inputs):
+    block = {"stage": 3, "offload_param": {"device": "nvme", "nvme_path": "/tmp"}}
+    found = message(ds_config=inputs.ds_json(zero_optimization=block))
+    assert found.startswith("DeepSpeed JSON: zero_optimization.offload_param.device = 'nvme' is not supported")
+    block = {"stage": 3, "zero_quantized_nontrainable_weights": True}
+    found = message(ds_config=inputs.ds_json(zero_optimization=block))
+    assert found.startswith("DeepSpeed JSON: zero_optimization.zero_quantized_nontrainable_weights is refused")
+
+
 def test_tensor_parallel_ranks_on_two_nodes(message, two_ranks, monkeypatch):
     monkeypatch.setenv("LOCAL_SIZE", "1")
     assert message("--tensor_parallel_size", "2") == (
@@ -275,11 +285,8 @@ def test_output_dir_that_cannot_hold_a_run(message, inputs):
 def checkpoint(inputs):
     """A committed checkpoint of the run that `inputs.argv()` describes, in its run folder; not loadable."""
     plan = plan_run(parse_run_config(inputs.argv()), World(0, 1, 0))
-    folder = plan.folder.checkpoints / "step_2"
-    folder.mkdir(parents=True)
-    (folder / "state.json").write_text(json.dumps({"step": 2, "identity": asdict(plan.identity)}))
-    _commit(plan.folder.checkpoints, folder, None)
-    return folder
+    state = json.dumps({"step": 2, "identity": asdict(plan.identity)})
+    return commit_files(plan.folder.checkpoints, 2, {"state.json": state})
 
 
 def test_output_dir_of_another_run(message, inputs, checkpoint):
@@ -295,7 +302,7 @@ OTHER_RUNS = [
     (["--router", "input"], "adapter.router = core, this run has input"),
     (["--seed", "1"], "seed = 42, this run has 1"),
     (["--optim", "sgd"], "optim = adamw_torch, this run has sgd"),
-    (["--per_device_train_batch_size", "4", "--global_batch_size", "8"], "micro_batch = 8, this run has 4"),
+    (["--per_device_train_batch_size", "4", "--global_batch_size", "16"], "global_batch = 8, this run has 16"),
 ]
 
 
@@ -307,20 +314,24 @@ def test_checkpoint_of_another_run(case, message, checkpoint):
     assert "resume with the same setting or choose another --output_dir" in found
 
 
-def test_checkpoint_of_another_stage_or_world(message, inputs, checkpoint, monkeypatch):
-    found = message("--resume_from_checkpoint", ds_config=inputs.ds_json(zero_optimization={"stage": 2}))
-    assert "was written with zero_stage = 1, this run has 2" in found
+def test_checkpoint_of_another_world_without_its_global_batch(message, checkpoint, monkeypatch):
     for name, value in {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}.items():
         monkeypatch.setenv(name, value)
-    assert "was written with world_size = 1, this run has 2" in message("--resume_from_checkpoint", checkpoint)
+    assert "was written with global_batch = 8, this run has 16" in message("--resume_from_checkpoint", checkpoint)
 
 
-def test_only_uncommitted_checkpoints(message, checkpoint):
+def test_a_named_checkpoint_that_is_not_committed(message, checkpoint):
     (checkpoint / MARKER).unlink()
-    for words in (["--resume_from_checkpoint"], ["--resume_from_checkpoint", checkpoint]):
-        found = message(*words)
-        assert f"checkpoint {checkpoint} is not usable: it has no {MARKER} marker" in found
-        assert "start anew with --overwrite_output_dir" in found
+    found = message("--resume_from_checkpoint", checkpoint)
+    assert f"checkpoint {checkpoint} is not usable: it has no {MARKER} marker" in found
+    assert "start anew with --overwrite_output_dir" in found
+
+
+def test_committed_checkpoints_of_which_none_is_usable(message, checkpoint):
+    (checkpoint / "state.json").write_text("{}")
+    found = message("--resume_from_checkpoint")
+    assert f"checkpoint {checkpoint} is not usable: state.json has 2 of" in found
+    assert "start anew with --overwrite_output_dir" in found
 
 
 def test_resume_from_what_is_no_checkpoint(message, inputs):

@@ -121,7 +121,7 @@ def test_help_groups_the_flags_and_shows_defaults(capsys, monkeypatch):
     assert stop.value.code == 0
     printed = capsys.readouterr().out
     starts = [printed.index(f"\n{group._argument_group_name}:") for group in GROUPS]
-    assert starts == sorted(starts) and len(starts) == 6
+    assert starts == sorted(starts) and len(starts) == 7
     for group, start, end in zip(GROUPS, starts, [*starts[1:], len(printed)], strict=True):
         for field in dataclasses.fields(group):
             assert f"--{field.name}" in printed[start:end], field.name

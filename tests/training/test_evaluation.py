@@ -14,6 +14,7 @@ from comol_ds.data.tokenization import RecordTokenizer
 from comol_ds.parallel.assemble import Assembled, attach_adapter
 from comol_ds.parallel.vocabulary import Vocabulary
 from comol_ds.training.evaluation import Evaluation, TaskScore, comparison_table, evaluate
+from comol_ds.training.router_load import RouterLoad
 from tests.data.data_helpers import sums, tiny_tokenizer
 from tests.tiny_models import FAMILIES
 
@@ -40,7 +41,9 @@ class Engine:
 
 def assembled(model: torch.nn.Module) -> Assembled:
     """What evaluate() reads of an assembled run."""
-    return Assembled(Engine(model), Vocabulary(), gradients=None, hf_ds_config=None)
+    vocabulary = Vocabulary()
+    vocabulary.watch_head(model.get_base_model().get_output_embeddings())
+    return Assembled(Engine(model), vocabulary, gradients=None, router_losses=None, hf_ds_config=None)
 
 
 @pytest.fixture(scope="module")
@@ -106,6 +109,7 @@ def literal_losses(model: torch.nn.Module, records: datasets.Dataset) -> dict[st
 def score(model, records, batch_size: int, prompts: int | None) -> Evaluation:
     return evaluate(
         assembled(model),
+        RouterLoad(model),
         sorted(set(records["task"])),
         EvalBatches(records, batch_size, 0, 1, TOKENIZER.pad_token_id),
         generation_batches(records, batch_size, 0, 1, TOKENIZER.pad_token_id, prompts),
@@ -140,6 +144,7 @@ def test_a_bounded_number_of_answers_comes_from_every_task(model, records):
 def test_a_task_without_tokens_has_no_loss(model, records):
     found = evaluate(
         assembled(model),
+        RouterLoad(model),
         ["absent", "other"],
         EvalBatches(records.filter(lambda row: row["task"] == "other"), 4, 0, 1, 0),
         [],

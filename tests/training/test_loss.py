@@ -11,9 +11,10 @@ from comol_ds.config import AdapterSettings
 from comol_ds.parallel import cross_entropy
 from comol_ds.parallel.assemble import attach_adapter
 from comol_ds.parallel.vocabulary import Vocabulary
-from comol_ds.training.loss import count_targets, positions_with_loss, token_losses
+from comol_ds.training.loss import count_targets, positions_with_loss
 from tests.kept_tensors import MadeTensors
 from tests.tiny_models import FAMILIES, random_batch
+from tests.token_losses import token_losses
 
 B, T, V = 3, 7, 11
 

@@ -7,6 +7,7 @@ import yaml
 
 from comol_ds.config import RunConfig, RunSettings
 from comol_ds.errors import UserError
+from comol_ds.training.generation import Overtaken, claim_generation
 from comol_ds.training.run_folder import RunFolder, append_json_line
 
 
@@ -37,6 +38,11 @@ def test_a_new_or_foreign_folder_is_free(folder):
     folder.path.mkdir(parents=True)
     (folder.path / "notes.txt").write_text("mine")
     folder.checkpoints.mkdir()
+    folder.check_free(overwrite=False)
+
+
+def test_what_an_interrupted_first_save_left_does_not_take_it(folder):
+    (folder.checkpoints / "step_5.writing-1").mkdir(parents=True)
     folder.check_free(overwrite=False)
 
 
@@ -88,6 +94,24 @@ def test_kept_lines_are_the_same_bytes(folder):
     before = folder.metrics.read_bytes()
     folder.prepare(config(folder), {}, from_step=2)
     assert folder.metrics.read_bytes() == before
+
+
+def test_a_log_that_cannot_be_written_says_what_to_do(folder):
+    with pytest.raises(RuntimeError) as error:
+        append_json_line(folder.metrics, {"step": 1})
+    assert str(error.value) == (
+        f"{folder.metrics} cannot be written: [Errno 2] No such file or directory: '{folder.metrics}'; make room and"
+        " continue with --resume_from_checkpoint"
+    )
+
+
+def test_overwriting_keeps_the_claims_so_that_an_older_process_stays_locked_out(folder):
+    first = claim_generation(folder.generations)
+    second = claim_generation(folder.generations)
+    folder.prepare(config(folder, overwrite=True), {}, from_step=0)
+    second.check()
+    with pytest.raises(Overtaken):
+        first.check()
 
 
 def test_overwriting_deletes_the_run_and_nothing_else(folder):

@@ -1,0 +1,209 @@
+"""Hooks that count what the routers do: sums per adapted layer, on the device, without waiting for it.
+
+What is kept does not grow with the number of tokens: one buffer per split, about 3 E numbers per layer and task.
+
+Glossary: N tokens of a forward pass, E experts, R rank, O out_features, G groups of tokens: all, the tasks, the rest.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from comol_ds.adapters.comol_layer import ADAPTER, CoMoLLinear
+from comol_ds.router_load.statistics import layer_statistics
+from comol_ds.router_load.sums import Sums
+
+NOT_COUNTED = -1  # in an index of groups: padding, or a prompt's token
+ALL, OTHER = "all", "other"
+
+SumOverRanks = Callable[[torch.Tensor], Any]  # sums a tensor over the ranks, in place
+
+
+class RouterCounts:
+    """Counts the routers of one adapter while armed.
+
+    Args:
+        model: any model with CoMoL layers.
+        adapter_name: PEFT's name of the adapter.
+        tasks: labels counted separately; with any, tokens of no such label are counted as ``other``.
+        counts_replicated: False on ranks that see the same tokens as another one; they add only what is theirs alone.
+        holds_slice: says of a layer whether this rank holds a slice of its output only.
+
+    Raises:
+        ValueError: the model has no layer with such an adapter.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        adapter_name: str = ADAPTER,
+        tasks: Sequence[str] = (),
+        counts_replicated: bool = True,
+        holds_slice: Callable[[CoMoLLinear], bool] = lambda layer: False,
+    ) -> None:
+        self.groups = (ALL, *tasks, OTHER) if tasks else (ALL,)
+        self._task_group = {task: number for number, task in enumerate(self.groups) if number > 0}
+        self._adapter = adapter_name
+        self._replicated = counts_replicated
+        self._holds_slice = holds_slice
+        self._layers = {
+            name.removeprefix("base_model.model."): layer
+            for name, layer in model.named_modules()
+            if isinstance(layer, CoMoLLinear) and adapter_name in layer.tables
+        }
+        if not self._layers:
+            raise ValueError(f"the model has no CoMoL layer with an adapter named {adapter_name!r}")
+        self._splits: dict[str, Sums] = {}
+        self._into: Sums | None = None
+        self._detail = False
+        self._weights: torch.Tensor | None = None  # [G, N]
+        self._counted: torch.Tensor | None = None  # [G], the tokens of this pass
+        self._hooks = [hook for name, layer in self._layers.items() for hook in self._watch(name, layer)]
+
+    def group_of(self, task: str | None) -> int:
+        """The number of the group, beside ``all``, in which a token of this label counts; 0 without any tasks."""
+        return self._task_group.get(task, len(self.groups) - 1)
+
+    @contextmanager
+    def counting(self, split: str, index: torch.Tensor, detail: bool = True) -> Iterator[None]:
+        """Count the forward passes inside; each of them has N tokens.
+
+        Recomputation under activation checkpointing happens in backward: outside, and so it is not counted.
+
+        Args:
+            split: where the counts go, "train" or "validation" for example; see `pop`.
+            index: [N] int64 on the model's device, each token's `group_of`, or NOT_COUNTED.
+            detail: also measure the updates' size and the cores' cosine.
+        """
+        sums = self._splits.get(split)
+        if sums is None:
+            sums = self._splits[split] = Sums(self._layers, self._adapter, len(self.groups), index.device)
+        self._weights = (index == torch.arange(len(self.groups), device=index.device).unsqueeze(1)).float()
+        self._weights[0] = index >= 0
+        self._counted = self._weights.sum(1, dtype=torch.float64)
+        self._into, self._detail = sums, detail
+        try:
+            yield
+        finally:
+            self._into = self._weights = None
+
+    def pop(self, split: str, sum_over_ranks: SumOverRanks = lambda flat: None) -> dict[str, Any] | None:
+        """The statistics since the last call, and start anew; None if nothing was counted. Waits for the device.
+
+        Args:
+            split: as given to `counting`.
+            sum_over_ranks: adds up a tensor over all ranks, in place: one call for all layers.
+
+        Returns:
+            {"tokens": {group: number}, "layers": {name: statistics}}, see `layer_statistics`; groups without tokens and
+            layers whose adapter was not active are left out. A pass with adapters disabled counts no tokens.
+        """
+        sums = self._splits.get(split)
+        if sums is None:
+            return None
+        sum_over_ranks(sums.flat)
+        host = Sums(self._layers, self._adapter, len(self.groups), torch.device("cpu"))
+        host.flat.copy_(sums.flat)
+        sums.flat.zero_()
+        counted = {name: gates[:, -1].tolist() for name, gates in host.gates.items() if gates[0, -1]}
+        if not counted:
+            return None
+        most = max(counted.values())  # layers differ only where some have the adapter switched off at times
+        tokens = {group: int(number) for group, number in zip(self.groups, most, strict=True) if number}
+        return {"tokens": tokens, "layers": {name: layer_statistics(host, name, self.groups) for name in counted}}
+
+    def close(self) -> None:
+        """Remove the hooks."""
+        for hook in self._hooks:
+            hook.remove()
+
+    def _watch(self, name: str, layer: CoMoLLinear) -> list[Any]:
+        hooks = [layer.partial_sums.register_forward_hook(self._base_squares(name, layer))]
+        hooks.append(layer.core_output.register_forward_hook(self._update_squares(name, layer)))
+        if self._replicated:
+            hooks.append(layer.gates.register_forward_hook(self._gates(name)))
+        return hooks
+
+    def _gates(self, name: str) -> Callable:
+        def count(module: nn.Module, args: tuple, p: torch.Tensor) -> None:
+            if self._into is None or args[-1] != self._adapter:
+                return
+            with torch.no_grad():
+                p = self._counted_rows(p.detach().flatten(0, -2), name)  # N E
+                experts = p.shape[1]
+                wins = torch.zeros_like(p).scatter_(1, p.argmax(1, keepdim=True), 1)
+                entropy = torch.special.entr(p).sum(1, keepdim=True) / math.log(max(experts, 2))
+                features = torch.cat([p, wins, p > 0.5, entropy], dim=1)  # N 3E+1
+                self._into.gates[name][:, :-1] += self._weights.to(features.dtype) @ features
+                self._into.gates[name][:, -1] += self._counted
+
+        return count
+
+    def _base_squares(self, name: str, layer: CoMoLLinear) -> Callable:
+        mine = self._replicated or self._holds_slice(layer)
+
+        def count(module: nn.Module, args: tuple, output: tuple) -> None:
+            y, routed = output
+            if self._into is None or not (self._detail and mine and routed):
+                return
+            with torch.no_grad():
+                # no copy of [N, O]: the norm accumulates in the wider type
+                norms = torch.linalg.vector_norm(y.detach(), dim=-1, dtype=_at_least_fp32(y)).flatten()
+                self._into.squares[name][:, 1] += self._total(norms.square(), name)
+
+        return count
+
+    def _update_squares(self, name: str, layer: CoMoLLinear) -> Callable:
+        mine = self._replicated or self._holds_slice(layer)
+
+        def count(module: nn.Module, args: tuple, o: torch.Tensor) -> None:
+            if self._into is None or not (self._detail and mine) or args[-1] != self._adapter:
+                return
+            with torch.no_grad():
+                # ||o B^T||^2 = o (B^T B) o^T: [R, R] instead of a second look at [N, O]
+                o = o.detach().flatten(0, -2).to(_at_least_fp32(o))
+                up = layer.comol_B[self._adapter].detach().to(o.dtype)
+                squares = ((o @ (up.t() @ up)) * o).sum(1)
+                self._into.squares[name][:, 0] += self._total(squares, name)
+                if self._replicated:
+                    cosine = mean_cosine(layer.comol_cores[self._adapter].detach())
+                    self._into.cosine[name] += torch.stack([cosine, torch.ones_like(cosine)])
+
+        return count
+
+    def _counted_rows(self, rows: torch.Tensor, name: str) -> torch.Tensor:
+        """[N, ...] in at least fp32, zero where nothing is counted: padding may hold anything, even NaN."""
+        self._check(rows, name)
+        ignored = (self._weights[0] == 0).view(-1, *[1] * (rows.dim() - 1))
+        return rows.to(_at_least_fp32(rows)).masked_fill(ignored, 0)
+
+    def _total(self, values: torch.Tensor, name: str) -> torch.Tensor:
+        """values [N] -> [G], their sums over the groups."""
+        values = self._counted_rows(values, name)
+        return self._weights.to(values.dtype) @ values
+
+    def _check(self, rows: torch.Tensor, name: str) -> None:
+        if rows.shape[0] != self._weights.shape[1]:
+            raise ValueError(
+                f"{name} was called with {rows.shape[0]} tokens while {self._weights.shape[1]} were to be counted;"
+                " count whole forward passes of a model that runs every adapted layer on all tokens"
+            )
+
+
+def mean_cosine(cores: torch.Tensor) -> torch.Tensor:
+    """cores [E, R, R] -> mean cosine over all pairs of different cores, 0 for a single core.
+
+    From the sum s of the unit vectors: sum over i != j of u_i u_j = ||s||^2 - E.
+    """
+    units = F.normalize(cores.flatten(1).to(_at_least_fp32(cores)), dim=1)
+    experts = cores.shape[0]
+    return (units.sum(0).square().sum() - units.square().sum()) / max(experts * (experts - 1), 1)
+
+
+def _at_least_fp32(tensor: torch.Tensor) -> torch.dtype:
+    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
