@@ -51,24 +51,20 @@ def test_one_process_reproduces_the_evaluation(first_run):
     assert_one_process_reproduces_the_evaluation(model, out, generated=4)
 
 
-@pytest.mark.slow
-def test_resume_is_bit_equal_at_the_same_layout_and_refused_at_another(first_run, tmp_path, extensions):
-    model, out, _ = first_run
-    copy = tmp_path / "out"
+def cut_back(out, copy) -> None:
+    """A copy of a run folder as it was after the checkpoint of step 3."""
     shutil.copytree(out, copy)
     shutil.rmtree(copy / "adapter")
     shutil.rmtree(copy / "checkpoints" / f"step_{STEPS}")
-    refused = run_deepspeed(
-        4,
-        LAUNCHER,
-        arguments(model, copy, "--resume_from_checkpoint", "--ds_config", "ds_configs/zero3.json"),
-        extensions,
-    )
-    assert refused.returncode == 2
-    assert "was written with tensor_parallel = 2, this run has 1; resume with the same" in refused.stderr
+
+
+@pytest.mark.slow
+def test_resume_is_bit_equal_at_the_same_layout(first_run, tmp_path, extensions):
+    model, out, _ = first_run
+    cut_back(out, copy := tmp_path / "out")
     run = run_deepspeed(4, LAUNCHER, arguments(model, copy, "--resume_from_checkpoint"), extensions)
     assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-4000:]
-    assert f"step 3 of {STEPS}" in run.stdout
+    assert f"step 3 of {STEPS}, by DeepSpeed's own files (same layout)" in run.stdout
     before, after = (
         [(line["step"], line["loss"], line["grad_norm"]) for line in json_lines(folder / "metrics.jsonl")]
         for folder in (out, copy)
@@ -77,3 +73,22 @@ def test_resume_is_bit_equal_at_the_same_layout_and_refused_at_another(first_run
     expected, found = read_adapter(out / "adapter")[1], read_adapter(copy / "adapter")[1]
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+
+
+@pytest.mark.slow
+def test_resume_goes_on_without_tensor_parallelism(first_run, tmp_path, extensions):
+    """Dropout draws new masks, so the losses are near those of the uninterrupted run, not equal."""
+    model, out, _ = first_run
+    cut_back(out, copy := tmp_path / "out")
+    words = arguments(model, copy, "--resume_from_checkpoint", "--ds_config", "ds_configs/zero3.json")
+    run = run_deepspeed(4, LAUNCHER, words, extensions)
+    assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-4000:]
+    assert f"step 3 of {STEPS}, by the canonical state (another layout: " in run.stdout
+    assert "tensor_parallel 2 -> 1" in run.stdout
+    before, after = (json_lines(folder / "metrics.jsonl") for folder in (out, copy))
+    assert [(line["step"], line["tokens"], line["lr"]) for line in after] == [
+        (line["step"], line["tokens"], line["lr"]) for line in before
+    ]
+    losses = [line["loss"] for line in before]
+    assert [line["loss"] for line in after] == pytest.approx(losses, rel=0.02)
+    assert [line["loss"] for line in after[:3]] == losses[:3]
