@@ -11,7 +11,7 @@ from tests.distributed.case_runner import REPOSITORY
 from tests.distributed.launching import clean_environment
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_every_contender_takes_its_turns(tmp_path, extensions):
     out = tmp_path / "out.json"
     command = [sys.executable, str(REPOSITORY / "launch" / "benchmark.py"), "router-load", "--hidden", "64"]

@@ -75,7 +75,7 @@ def test_resume_is_bit_equal_at_the_same_layout(first_run, tmp_path, extensions)
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_resume_goes_on_without_tensor_parallelism(first_run, tmp_path, extensions):
     """Dropout draws new masks, so the losses are near those of the uninterrupted run, not equal."""
     model, out, _ = first_run
