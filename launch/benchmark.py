@@ -10,12 +10,14 @@ import argparse
 import json
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
 from comol_ds.benchmark import load
-from comol_ds.benchmark.layer import DTYPES, LayerCase, machine, measure_layer, table
+from comol_ds.benchmark.figures import machine
+from comol_ds.benchmark.layer import DTYPES, LayerCase, measure_layer, table
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -92,10 +94,7 @@ def run_layer(options: argparse.Namespace) -> dict:
 def run_load(options: argparse.Namespace) -> dict:
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         case = load.LoadCase(Path(folder), options.gigabytes, options.ranks)
-        result = load.measure_load(case, options.rounds)
-    report = {"machine": machine("cuda" if torch.cuda.is_available() else "cpu"), "results": [result]}
-    print(load.table(result), flush=True)
-    return report
+        return report_on(load.measure_load(case, options.rounds), load.table)
 
 
 def run_geometry(options: argparse.Namespace) -> dict:
@@ -104,9 +103,7 @@ def run_geometry(options: argparse.Namespace) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         sizes = (options.layers, options.ranks, options.steps, options.tokens)
         result = geometry.measure_geometry(geometry.GeometryCase(Path(folder), *sizes))
-    report = {"machine": machine("cuda" if torch.cuda.is_available() else "cpu"), "results": [result]}
-    print(geometry.table(result), flush=True)
-    return report
+        return report_on(result, geometry.table)
 
 
 def run_router_load(options: argparse.Namespace) -> dict:
@@ -115,9 +112,13 @@ def run_router_load(options: argparse.Namespace) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         sizes = (options.hidden, options.layers, options.tokens, options.num_experts)
         result = router_load.measure_router_load(router_load.RouterLoadCase(Path(folder), *sizes), options.rounds)
-    report = {"machine": machine("cuda" if torch.cuda.is_available() else "cpu"), "results": [result]}
-    print(router_load.table(result), flush=True)
-    return report
+        return report_on(result, router_load.table)
+
+
+def report_on(result: dict, table: Callable[[dict], str]) -> dict:
+    """Print a suite's one result; what --json writes of it."""
+    print(table(result), flush=True)
+    return {"machine": machine("cuda" if torch.cuda.is_available() else "cpu"), "results": [result]}
 
 
 if __name__ == "__main__":

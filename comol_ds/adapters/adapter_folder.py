@@ -54,16 +54,16 @@ def write_adapter(tensors: dict[str, torch.Tensor], config: CoMoLConfig, folder:
         # Tensors that share memory (tied modules_to_save) may not share it in the file, hence clone.
         whole = {key: tensor.detach().cpu().clone().contiguous() for key, tensor in tensors.items()}
         save_file(whole, staging / TENSOR_FILE, metadata={"format": "pt"})
-        _sync(staging / TENSOR_FILE)
+        sync(staging / TENSOR_FILE)
         _check_same(read_adapter(staging)[1], whole)
         if folder.exists():
             for name in (TENSOR_FILE, CONFIG_FILE):
                 os.replace(staging / name, folder / name)
-            _sync(folder)
+            sync(folder)
         else:
-            _sync(staging)
+            sync(staging)
             os.replace(staging, folder)
-        _sync(folder.parent)
+        sync(folder.parent)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
 
@@ -184,10 +184,10 @@ def _check_same(read: dict[str, torch.Tensor], written: dict[str, torch.Tensor])
 
 def _write_synced(path: Path, text: str) -> None:
     path.write_text(text)
-    _sync(path)
+    sync(path)
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
     """Flush a file or a folder's entries to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:

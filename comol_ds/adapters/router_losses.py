@@ -30,11 +30,16 @@ def router_z_loss(logits: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
 
 
 def core_diversity_loss(cores: torch.Tensor) -> torch.Tensor:
-    """cores [E, R, R] -> mean over i != j of cos^2(C_i, C_j), in fp32 at least; 0 for a single core."""
-    units = F.normalize(cores.flatten(1).to(torch.promote_types(cores.dtype, torch.float32)), dim=1)
+    """cores [E, R, R] -> mean over i != j of cos^2(C_i, C_j); 0 for a single core."""
+    units = unit_cores(cores)
     squares = (units @ units.t()).square()
     experts = cores.shape[0]
     return (squares.sum() - squares.diagonal().sum()) / max(experts * (experts - 1), 1)
+
+
+def unit_cores(cores: torch.Tensor) -> torch.Tensor:
+    """cores [E, R, R] -> [E, R*R], each of norm 1, in fp32 at least."""
+    return F.normalize(cores.flatten(1).to(torch.promote_types(cores.dtype, torch.float32)), dim=1)
 
 
 def attach_loss(tensor: torch.Tensor, loss: torch.Tensor) -> torch.Tensor:

@@ -7,12 +7,10 @@ The contenders, all without the base Linear's own GEMM and with gradients for x 
 They take turns within every round, so that a change in the machine's load hits all of them.
 """
 
-import platform
 import statistics
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 import peft
 import torch
@@ -22,6 +20,7 @@ from torch import nn
 
 from comol_ds.adapters.comol_layer import CoMoLLinear, comol_table
 from comol_ds.adapters.table import AxisSizes
+from comol_ds.benchmark.figures import in_turns, median_ratio
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -60,20 +59,15 @@ def measure_layer(case: LayerCase, rounds: int, warmup: int = 3) -> dict:
     upstream = torch.randn(case.tokens, case.out_features, dtype=dtype, device=device)
     contenders = [build(case) for build in (comol_contender, lora_contender, authors_contender)]
     seconds: dict[str, list[float]] = {contender.name: [] for contender in contenders}
-    for turn in range(warmup + rounds):
-        for shift in range(len(contenders)):
-            contender = contenders[(turn + shift) % len(contenders)]
-            elapsed = _forward_backward(contender, x, upstream)
-            if turn >= warmup:
-                seconds[contender.name].append(elapsed)
+    for contender, counts in in_turns(contenders, rounds, warmup):
+        elapsed = _forward_backward(contender, x, upstream)
+        if counts:
+            seconds[contender.name].append(elapsed)
     return {
         "case": asdict(case),
         "rounds": rounds,
         "milliseconds": {name: _summary(values) for name, values in seconds.items()},
-        "ratio_to_lora": {
-            name: statistics.median(mine / lora for mine, lora in zip(values, seconds["lora"], strict=True))
-            for name, values in seconds.items()
-        },
+        "ratio_to_lora": {name: median_ratio(values, seconds["lora"]) for name, values in seconds.items()},
         "saved_bytes_per_token": {
             contender.name: saved_bytes(lambda c=contender: c.function(x), x, *contender.parameters) / case.tokens
             for contender in contenders
@@ -135,21 +129,6 @@ def saved_bytes(function: Callable[[], torch.Tensor], *exclude: torch.Tensor) ->
     return sum(sizes.values())
 
 
-def machine(device: str) -> dict[str, str | int]:
-    """What the figures were measured on."""
-    cpu = next(
-        (line.partition(":")[2].strip() for line in _cpu_lines() if line.startswith("model name")), platform.machine()
-    )
-    return {
-        "cpu": cpu,
-        "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
-        "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "peft": peft.__version__,
-    }
-
-
 def table(result: dict) -> str:
     """One case's result as text, one line per contender."""
     case = result["case"]
@@ -193,8 +172,3 @@ def _summary(seconds: list[float]) -> dict[str, float]:
         "minimum": 1e3 * min(seconds),
         "maximum": 1e3 * max(seconds),
     }
-
-
-def _cpu_lines() -> list[str]:
-    path = Path("/proc/cpuinfo")
-    return path.read_text().splitlines() if path.is_file() else []

@@ -10,7 +10,6 @@ They take turns within every round, each in processes of its own and after the f
 import json
 import math
 import os
-import statistics
 import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, LlamaConfig
 
+from comol_ds.benchmark.figures import in_turns, median_ratio, spread
 from comol_ds.benchmark.processes import run_ranks
 
 CONTENDERS = ("comol_ds", "transformers", "comol_ds-tp")
@@ -45,19 +45,14 @@ def measure_load(case: LoadCase, rounds: int) -> dict:
     model = case.folder / "model"
     size = write_checkpoint(model, int(case.gigabytes * 2**30))
     runs: dict[str, list[list[dict]]] = {name: [] for name in CONTENDERS}
-    for turn in range(rounds):
-        for shift in range(len(CONTENDERS)):
-            name = CONTENDERS[(turn + shift) % len(CONTENDERS)]
-            runs[name].append(load_once(case, model, name))
+    for name, _ in in_turns(CONTENDERS, rounds):
+        runs[name].append(load_once(case, model, name))
     seconds = {name: [max(rank["seconds"] for rank in run) for run in results] for name, results in runs.items()}
     return {
         "case": asdict(case) | {"folder": str(case.folder), "bytes": size},
         "rounds": rounds,
-        "seconds": {name: _summary(values) for name, values in seconds.items()},
-        "ratio_to_transformers": {
-            name: statistics.median(mine / other for mine, other in zip(values, seconds[REFERENCE], strict=True))
-            for name, values in seconds.items()
-        },
+        "seconds": {name: spread(values) for name, values in seconds.items()},
+        "ratio_to_transformers": {name: median_ratio(values, seconds[REFERENCE]) for name, values in seconds.items()},
         "ranks": {
             name: [_worst([run[rank] for run in results]) for rank in range(case.ranks)]
             for name, results in runs.items()
@@ -145,10 +140,6 @@ def _drop_from_page_cache(file: Path) -> None:
     with file.open("rb") as stream:
         os.fsync(stream.fileno())  # what is not yet on the disk cannot be dropped
         os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-
-
-def _summary(seconds: list[float]) -> dict[str, float]:
-    return {"median": statistics.median(seconds), "minimum": min(seconds), "maximum": max(seconds)}
 
 
 def _worst(rounds: list[dict]) -> dict:

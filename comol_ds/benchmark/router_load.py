@@ -7,7 +7,6 @@ The contenders, on the same model and batch, under DeepSpeed ZeRO-3 in a world o
 """
 
 import dataclasses
-import statistics
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from pathlib import Path
 import torch
 from transformers import LlamaConfig
 
+from comol_ds.benchmark.figures import in_turns, median_ratio, spread
 from comol_ds.benchmark.processes import REPOSITORY
 from comol_ds.config import AdapterSettings, ModelSettings, OptimizerSettings, RouterSettings, RunConfig, RunSettings
 from comol_ds.data.collate import padded_batch
@@ -55,27 +55,19 @@ def measure_router_load(case: RouterLoadCase, rounds: int, logging_steps: int = 
         assembled = _assemble(case)
         batch = _batch(case)
         seconds: dict[str, list[float]] = {name: [] for name in CONTENDERS}
-        for turn in range(rounds + 2):
-            for shift in range(len(CONTENDERS)):
-                name = CONTENDERS[(turn + shift) % len(CONTENDERS)]
-                taken = _timed_step(assembled, batch, name)
-                if turn >= 2:
-                    seconds[name].append(taken)
+        for name, counts in in_turns(CONTENDERS, rounds, warmup=2):
+            taken = _timed_step(assembled, batch, name)
+            if counts:
+                seconds[name].append(taken)
     finally:
         groups.shut_down()
-    ratios = {
-        name: statistics.median(mine / off for mine, off in zip(values, seconds["off"], strict=True))
-        for name, values in seconds.items()
-    }
+    ratios = {name: median_ratio(values, seconds["off"]) for name, values in seconds.items()}
     amortized = (ratios["on"] * (logging_steps - 1) + ratios["logged"]) / logging_steps
     return {
         "case": asdict(case) | {"folder": str(case.folder)},
         "rounds": rounds,
         "logging_steps": logging_steps,
-        "seconds": {
-            name: {"median": statistics.median(values), "minimum": min(values), "maximum": max(values)}
-            for name, values in seconds.items()
-        },
+        "seconds": {name: spread(values) for name, values in seconds.items()},
         "ratio_to_off": ratios | {"amortized": amortized},
     }
 

@@ -111,6 +111,11 @@ def job_end_time(environ: dict[str, str] | None = None) -> float | None:
     return float(text)
 
 
+def node_name() -> str:
+    """This node's name: SLURM's where it has one, which can differ from the machine's."""
+    return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
+
+
 def quiet_libraries() -> None:
     """DeepSpeed 0.19 calls collectives that torch 2.13 has renamed: one FutureWarning per call site and rank."""
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed|transformers")
@@ -211,16 +216,6 @@ def gather_objects(value: Any, step: str) -> list[Any]:
     values = [None] * dist.get_world_size()
     dist.all_gather_object(values, value, group=_Control.group)
     return values
-
-
-def gather_integers(value: int, step: str) -> list[int]:
-    """Every rank's ``value``, in rank order, on every rank, in one collective of 8 bytes per rank."""
-    if not dist.is_initialized() or dist.get_world_size() == 1:
-        return [value]
-    barrier(step)
-    values = torch.zeros(dist.get_world_size(), dtype=torch.int64)
-    dist.all_gather(list(values.split(1)), torch.tensor([value]), group=_Control.group)
-    return values.tolist()
 
 
 def sum_over_data_parallel(values: torch.Tensor) -> torch.Tensor:

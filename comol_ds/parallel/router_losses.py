@@ -60,19 +60,20 @@ class RouterLosses:
         return [LOSSES[number] for number in self._used]
 
     @contextmanager
-    def attached(self, valid: torch.Tensor, tokens: float) -> Iterator[None]:
+    def attached(self, valid: torch.Tensor, tokens: float, device: torch.device) -> Iterator[None]:
         """Around forward and backward of one micro-batch.
 
         Args:
-            valid: [N] bool, on the model's device: the tokens that count.
+            valid: [B, T] bool, on the host: the tokens that count.
             tokens: how many count in the whole global batch.
+            device: the model's.
         """
         if not self._used:
             yield
             return
-        self._weights = valid.float() / max(tokens, 1)
+        self._weights = valid.flatten().to(device).float() / max(tokens, 1)
         self._done.clear()
-        self._allocate(valid.device)
+        self._allocate(device)
         try:
             yield
         finally:

@@ -11,15 +11,16 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from comol_ds.adapters.comol_layer import ADAPTER, CoMoLLinear
+from comol_ds.adapters.router_losses import unit_cores
 from comol_ds.router_load.statistics import layer_statistics
 from comol_ds.router_load.sums import Sums
 
 NOT_COUNTED = -1  # in an index of groups: padding, or a prompt's token
 ALL, OTHER = "all", "other"
+TRAIN, VALIDATION = "train", "validation"  # the splits of router_load.jsonl
 
 SumOverRanks = Callable[[torch.Tensor], Any]  # sums a tensor over the ranks, in place
 
@@ -200,10 +201,10 @@ def mean_cosine(cores: torch.Tensor) -> torch.Tensor:
 
     From the sum s of the unit vectors: sum over i != j of u_i u_j = ||s||^2 - E.
     """
-    units = F.normalize(cores.flatten(1).to(_at_least_fp32(cores)), dim=1)
+    units = unit_cores(cores)
     experts = cores.shape[0]
     return (units.sum(0).square().sum() - units.square().sum()) / max(experts * (experts - 1), 1)
 
 
 def _at_least_fp32(tensor: torch.Tensor) -> torch.dtype:
-    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
+    return torch.promote_types(tensor.dtype, torch.float32)

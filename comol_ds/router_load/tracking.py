@@ -8,9 +8,8 @@ import torch
 from torch import nn
 
 from comol_ds.adapters.comol_layer import ADAPTER
-from comol_ds.router_load.counting import NOT_COUNTED, RouterCounts, SumOverRanks
+from comol_ds.router_load.counting import NOT_COUNTED, TRAIN, VALIDATION, RouterCounts, SumOverRanks
 
-TRAIN, VALIDATION = "train", "validation"
 IGNORED = -100  # transformers' label of a token without a loss
 
 

@@ -9,8 +9,9 @@ from accelerate import PartialState
 from accelerate.utils import reduce
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from comol_ds.router_load.counting import TRAIN, VALIDATION
 from comol_ds.router_load.statistics import as_record
-from comol_ds.router_load.tracking import TRAIN, VALIDATION, RouterTracker
+from comol_ds.router_load.tracking import RouterTracker
 
 
 class RouterLoadCallback(TrainerCallback):

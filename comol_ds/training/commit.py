@@ -12,7 +12,6 @@ that they share.
 
 import hashlib
 import json
-import os
 import re
 import shutil
 import time
@@ -22,6 +21,7 @@ from pathlib import Path
 from threading import Event
 from typing import Any
 
+from comol_ds.adapters.adapter_folder import sync
 from comol_ds.errors import UserError, one_line
 from comol_ds.training.generation import Generation
 
@@ -211,15 +211,6 @@ def delete_oldest(checkpoints: Path, keep: int | None, newest: Path) -> None:
         if old != newest:
             (old / MARKER).unlink()  # first: a deletion cut short leaves no half checkpoint that looks whole
             shutil.rmtree(old)
-
-
-def sync(path: Path) -> None:
-    """Flush a file's content, or a folder's entries, to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _part_file(target: Target, rank: int) -> Path:

@@ -10,8 +10,9 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 from comol_ds.data.tokenization import IGNORED
 from comol_ds.parallel.assemble import Assembled
 from comol_ds.parallel.groups import sum_over_data_parallel
+from comol_ds.router_load.counting import VALIDATION
 from comol_ds.training.loss import positions_with_loss
-from comol_ds.training.router_load import VALIDATION, RouterLoad
+from comol_ds.training.router_load import RouterLoad
 from comol_ds.training.step import model_inputs
 
 

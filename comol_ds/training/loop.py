@@ -1,61 +1,27 @@
 """The whole run, read top to bottom as a story of named steps."""
 
-from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
 from typing import Any
 
 from tqdm import tqdm
-from transformers import PreTrainedTokenizerBase
 
 from comol_ds.adapters.adapter_folder import write_adapter
 from comol_ds.config import RunConfig
 from comol_ds.data.batches import EvalBatches, TrainBatches, generation_batches
-from comol_ds.data.prepare import PreparedData, prepare_data
 from comol_ds.data.streaming import StreamingBatches
 from comol_ds.parallel import groups
-from comol_ds.parallel.assemble import Assembled, assemble, total_steps
 from comol_ds.parallel.consistency import check_same_batch, check_same_replicas
 from comol_ds.parallel.device import device
-from comol_ds.parallel.monitor import open_monitor
 from comol_ds.parallel.watchdog import Watchdog
 from comol_ds.parallel.zero_partition import gather_adapter
-from comol_ds.training.checkpoint import CheckpointWriter, load_checkpoint, peft_config
-from comol_ds.training.describe import batches_line, describe_run, parameters_line, result_lines, resume_lines
-from comol_ds.training.evaluation import Evaluation, evaluate
-from comol_ds.training.metrics import Metrics
-from comol_ds.training.plan import RunPlan, load_tokenizer, plan_run
+from comol_ds.router_load.counting import VALIDATION
+from comol_ds.training.checkpoint import peft_config
+from comol_ds.training.describe import describe_run, result_lines
+from comol_ds.training.evaluation import evaluate
+from comol_ds.training.plan import plan_run
 from comol_ds.training.preemption import StopRequests
-from comol_ds.training.resume import settle_resume
-from comol_ds.training.router_load import VALIDATION, RouterLoad
-from comol_ds.training.router_log import RouterLog
+from comol_ds.training.set_up import Run, say, set_up
 from comol_ds.training.step import train_step
-
-
-@dataclass
-class Run:
-    """What the steps of the story hand to each other."""
-
-    plan: RunPlan
-    tokenizer: PreTrainedTokenizerBase
-    data: PreparedData
-    batches: TrainBatches | StreamingBatches
-    assembled: Assembled
-    checkpoints: CheckpointWriter
-    total_steps: int
-    router_load: RouterLoad
-    metrics: Metrics
-    router_log: RouterLog
-    requests: StopRequests
-    evaluations: list[Evaluation] = field(default_factory=list)
-
-    @property
-    def engine(self) -> Any:
-        return self.assembled.engine
-
-    @property
-    def is_main(self) -> bool:
-        return self.plan.world.rank == 0
 
 
 def run(config: RunConfig, world: groups.World) -> bool:
@@ -123,74 +89,6 @@ def owes_evaluation(state: Run) -> bool:
         return settings.eval_on_start
     is_due = bool(settings.eval_steps) and step % settings.eval_steps == 0 and step < state.total_steps
     return is_due and not groups.gather_objects(state.plan.folder.was_evaluated(step), "see what was evaluated")[0]
-
-
-def set_up(plan: RunPlan, requests: StopRequests) -> Run:
-    """Data, model, engine and run folder; continues a checkpoint if the plan found one."""
-    config, world = plan.config, plan.world
-    say(plan, batches_line(plan), parameters_line(plan))
-    tokenizer = load_tokenizer(config.model.tokenizer_path)
-    data = groups.first_on_each_node(
-        world, "prepare the data", lambda: prepare_data(config.data, tokenizer, config.run.seed)
-    )
-    say(plan, data.report.summary())
-    batches = train_batches(plan, data, tokenizer.pad_token_id)
-    steps = total_steps(config.optimizer, batches.steps_per_epoch)
-    assembled = assemble(config, config.model.model_name_or_path, plan.ds_config, steps, config.model.bf16)
-    checkpoints = claim_run_folder(plan)
-    if config.run.resume_from_checkpoint:
-        resume, passed_over = settle_resume(config.run.resume_from_checkpoint, plan.folder, plan.identity, world)
-        plan = replace(plan, resume=resume, passed_over=passed_over)
-    say(plan, *resume_lines(plan, steps))
-    if plan.resume is not None:
-        load_checkpoint(assembled, plan.resume, plan.identity, world)
-    groups.together("prepare the run folder", lambda: prepare_folder(plan))
-    monitor = open_monitor(config.run.report_to, str(plan.folder.path))
-    router_load = RouterLoad(assembled.engine.module, config.router, task_labels(data))
-    router_log = RouterLog(plan, router_load, monitor)
-    return Run(
-        plan,
-        tokenizer,
-        data,
-        batches,
-        assembled,
-        checkpoints,
-        steps,
-        router_load,
-        Metrics(plan, monitor),
-        router_log,
-        requests,
-    )
-
-
-def task_labels(data: PreparedData) -> list[str]:
-    """The labels of the records, the most frequent first; of a stream, those of the validation data. One alone says
-    nothing: none."""
-    counts = Counter(data.report.tasks)
-    counts.update(dict.fromkeys(data.validation["task"], 0))
-    labels = sorted(counts, key=lambda label: (-counts[label], label))
-    return labels if len(labels) > 1 else []
-
-
-def claim_run_folder(plan: RunPlan) -> CheckpointWriter:
-    """From here on no earlier process of this run can commit a checkpoint. A collective call."""
-    folder, settings = plan.folder, plan.config.run
-    checkpoints = CheckpointWriter(
-        folder.checkpoints,
-        folder.generations,
-        plan.identity,
-        plan.world,
-        settings.save_total_limit,
-        settings.collective_timeout_minutes * 60,
-    )
-    say(plan, *(f"deleted what an interrupted save has left: {name}" for name in checkpoints.removed))
-    return checkpoints
-
-
-def prepare_folder(plan: RunPlan) -> None:
-    """Rank 0 creates the run folder and writes the resolved configuration."""
-    if plan.world.rank == 0:
-        plan.folder.prepare(plan.config, plan.ds_config, plan.start_step)
 
 
 def train(state: Run) -> bool:
@@ -267,22 +165,6 @@ def steps_from(
         epoch, done_in_epoch = epoch + 1, 0
 
 
-def train_batches(plan: RunPlan, data: PreparedData, pad_token_id: int) -> TrainBatches | StreamingBatches:
-    """This rank's share of every global batch."""
-    settings = plan.config.data
-    share = {
-        "layout": plan.batches,
-        "dp_rank": plan.grid.dp_rank,
-        "seed": plan.config.run.seed,
-        "packing": settings.packing,
-        "max_length": settings.max_length,
-        "pad_token_id": pad_token_id,
-    }
-    if settings.streaming:
-        return StreamingBatches(data.train, **share)
-    return TrainBatches(data.train, group_by_length=settings.group_by_length, **share)
-
-
 def evaluate_now(state: Run, step: int) -> None:
     """Score the validation records and log the result."""
     settings, grid, records = state.plan.config, state.plan.grid, state.data.validation
@@ -315,10 +197,3 @@ def write_final_adapter(state: Run) -> None:
             write_adapter(adapter, peft_config(state.engine), state.plan.folder.adapter)
 
     groups.together("write the final adapter", write)
-
-
-def say(plan: RunPlan, *lines: str) -> None:
-    """Print on rank 0."""
-    if plan.world.rank == 0:
-        for line in lines:
-            print(line, flush=True)

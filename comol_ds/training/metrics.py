@@ -5,7 +5,7 @@ from statistics import mean
 from typing import Any
 
 from comol_ds.parallel.device import peak_memory_bytes
-from comol_ds.parallel.groups import gather_integers
+from comol_ds.parallel.groups import gather_objects
 from comol_ds.parallel.monitor import MonitorMaster
 from comol_ds.training.evaluation import Evaluation
 from comol_ds.training.plan import RunPlan
@@ -37,7 +37,7 @@ class Metrics:
             means over the steps.
         """
         now = time.monotonic()
-        memory = gather_integers(peak_memory_bytes(), f"log step {step}")
+        memory = gather_objects(peak_memory_bytes(), f"log step {step}")
         tokens = sum(result.tokens for result in self._window)
         line = {
             "step": step,

@@ -11,9 +11,8 @@ from comol_ds.config import RouterSettings
 from comol_ds.data.tokenization import IGNORED
 from comol_ds.parallel.groups import mesh, sum_over_world
 from comol_ds.parallel.tensor_parallel import base_kind
-from comol_ds.router_load.counting import NOT_COUNTED, RouterCounts
+from comol_ds.router_load.counting import NOT_COUNTED, TRAIN, RouterCounts
 
-TRAIN, VALIDATION = "train", "validation"
 MAX_TASKS = 64  # more labels than that are rather identifiers; the others count as one group
 
 

@@ -69,7 +69,7 @@ def train_step(
     engine, losses, data_parallel = assembled.engine, assembled.router_losses, mesh().grid.data_parallel
     local_losses = []
     for index, (batch, mask) in enumerate(zip(micro_batches, routed, strict=True)):
-        with losses.attached(mask.flatten().to(device), counts[2]):
+        with losses.attached(mask, counts[2], device):
             loss_sum = batch_loss(assembled, batch, router_load, device, detail)
             engine.backward(loss_sum * (data_parallel / counts[0]), scale_wrt_gas=False)
         local_losses.append(loss_sum.detach())

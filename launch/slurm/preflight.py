@@ -4,13 +4,12 @@ Exit codes: 0 yes, 2 no, with a line on stderr for each fault that names the nod
 """
 
 import os
-import socket
 import sys
 
 from comol_ds import demo
 from comol_ds.config_parser import parse_run_config
 from comol_ds.errors import UserError
-from comol_ds.parallel.groups import World, exit_process, read_world
+from comol_ds.parallel.groups import World, exit_process, node_name, read_world
 from comol_ds.parallel.preflight import check_nodes
 
 EXIT_BAD_INPUT = 2
@@ -24,7 +23,7 @@ def main(argv: list[str]) -> int:
         config = parse_run_config(argv)
         folder = parse_run_config(argv, demo.defaults_for(config)).run.output_dir
         seconds = float(os.environ.get("COMOL_PREFLIGHT_SECONDS", SECONDS))
-        faults = check_nodes(world, os.environ.get("SLURMD_NODENAME") or socket.gethostname(), folder, seconds)
+        faults = check_nodes(world, node_name(), folder, seconds)
     except UserError as error:
         faults = [str(error)] if world.rank == 0 else []
     for fault in faults:

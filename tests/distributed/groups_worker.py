@@ -18,7 +18,7 @@ def fail_on_rank_1(error: Exception) -> None:
 world = groups.read_world()
 groups.initialize(world, timeout_minutes=0.15)
 print(f"rank {world.rank} gathered {groups.gather_objects(world.rank * 10, 'numbers')}", flush=True)
-print(f"rank {world.rank} counted {groups.gather_integers(2**40 + world.rank, 'bytes')}", flush=True)
+print(f"rank {world.rank} counted {groups.gather_objects(2**40 + world.rank, 'bytes')}", flush=True)
 for error in (UserError("bad row 7"), OSError("disk full")):
     try:
         groups.together("prepare", lambda error=error: fail_on_rank_1(error))

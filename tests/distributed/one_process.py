@@ -96,6 +96,14 @@ def expected_of(case: Case, models: str) -> dict:
     return one_process(plain, models)
 
 
+def assert_equals_one_process(found: dict, case: Case, models: str) -> None:
+    """Training, router statistics and router losses of a case."""
+    expected = expected_of(case, models)
+    assert_equal_training(found, expected)
+    assert_equal_router_load(found, expected)
+    assert_equal_router_losses(found, expected)
+
+
 def assert_equal_training(found: dict, expected: dict) -> None:
     """Losses and gradient norms of every step, and the final weights."""
     assert found["losses"] == pytest.approx(expected["losses"], rel=TOLERANCE)

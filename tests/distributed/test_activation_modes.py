@@ -16,7 +16,7 @@ from tests.distributed.equality_cases import (
     BESIDE_NOTHING,
     Case,
 )
-from tests.distributed.one_process import assert_equal_router_load, assert_equal_training, expected_of
+from tests.distributed.one_process import assert_equal_training, assert_equals_one_process
 from tests.distributed.suites import suite_trainer
 from tests.tiny_models import FAMILIES, random_batch
 
@@ -45,10 +45,7 @@ def measured(trained):
 
 @pytest.mark.parametrize(("suite", "case"), runs(ACTIVATION_CASES, ACTIVATION_VARIATIONS))
 def test_equals_one_process(suite, case, trained, models):
-    found = torch.load(trained(suite) / f"{case.name}.pt")
-    expected = expected_of(case, str(models))
-    assert_equal_training(found, expected)
-    assert_equal_router_load(found, expected)
+    assert_equals_one_process(torch.load(trained(suite) / f"{case.name}.pt"), case, str(models))
 
 
 def keeping_all(case: Case) -> Case:

@@ -8,9 +8,7 @@ import torch
 from tests.distributed.equality_cases import ROUTER_LOSSES, SUITES
 from tests.distributed.one_process import (
     TOLERANCE,
-    assert_equal_router_load,
-    assert_equal_router_losses,
-    assert_equal_training,
+    assert_equals_one_process,
     expected_of,
     relative,
 )
@@ -28,11 +26,7 @@ def trained(models, tmp_path_factory, extensions):
 
 @pytest.mark.parametrize(("suite", "case"), RUNS)
 def test_equals_one_process(suite, case, trained, models):
-    found = torch.load(trained(suite) / f"{case.name}.pt")
-    expected = expected_of(case, str(models))
-    assert_equal_router_load(found, expected)
-    assert_equal_router_losses(found, expected)
-    assert_equal_training(found, expected)
+    assert_equals_one_process(torch.load(trained(suite) / f"{case.name}.pt"), case, str(models))
 
 
 @pytest.mark.parametrize("left_out", ROUTER_LOSSES)

@@ -5,7 +5,7 @@ import torch
 
 from tests.distributed.equality_cases import SUITES
 from tests.distributed.launching import REPOSITORY
-from tests.distributed.one_process import assert_equal_training, expected_of
+from tests.distributed.one_process import assert_equals_one_process
 from tests.distributed.suites import suite_trainer
 
 RANKS = {"tp8": 8, "70b_multinode": 2}
@@ -21,7 +21,7 @@ def trained(models, tmp_path_factory, extensions):
 @pytest.mark.distributed
 @pytest.mark.parametrize(("suite", "case"), RUNS)
 def test_equals_one_process(suite, case, trained, models):
-    assert_equal_training(torch.load(trained(suite) / f"{case.name}.pt"), expected_of(case, str(models)))
+    assert_equals_one_process(torch.load(trained(suite) / f"{case.name}.pt"), case, str(models))
 
 
 def test_every_file_is_in_a_suite():

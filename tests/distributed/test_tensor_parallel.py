@@ -13,9 +13,8 @@ from tests.distributed.equality_cases import (
 )
 from tests.distributed.one_process import (
     assert_bf16_training,
-    assert_equal_router_load,
     assert_equal_training,
-    expected_of,
+    assert_equals_one_process,
 )
 from tests.distributed.suites import suite_trainer
 
@@ -41,10 +40,7 @@ def trained(models, tmp_path_factory, extensions):
 
 @pytest.mark.parametrize(("suite", "case"), RUNS)
 def test_equals_one_process(suite, case, trained, models):
-    found = torch.load(trained(suite) / f"{case.name}.pt")
-    expected = expected_of(case, str(models))
-    assert_equal_training(found, expected)
-    assert_equal_router_load(found, expected)
+    assert_equals_one_process(torch.load(trained(suite) / f"{case.name}.pt"), case, str(models))
 
 
 @pytest.mark.parametrize("case", TP_BF16_CASES, ids=lambda case: case.name)

@@ -8,7 +8,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from comol_ds.training import loop
+from comol_ds.training import loop, set_up
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -80,7 +80,7 @@ def refused(inputs: Inputs, capfd, monkeypatch, argv: list[str]) -> str:
     def too_late(*args: Any, **kwargs: Any) -> None:
         raise AssertionError("the model is being built, the input should have been refused")
 
-    monkeypatch.setattr(loop, "assemble", too_late)
+    monkeypatch.setattr(set_up, "assemble", too_late)
     monkeypatch.setattr(loop.groups, "initialize", lambda *args: None)
     before = snapshot(inputs.folder)
     capfd.readouterr()

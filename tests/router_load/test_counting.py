@@ -13,11 +13,11 @@ from comol_ds.layout import RankGrid
 from comol_ds.parallel.activations import prepare_activations
 from comol_ds.parallel.assemble import attach_adapter
 from comol_ds.parallel.mesh import Mesh
-from comol_ds.router_load.counting import mean_cosine
-from comol_ds.training.router_load import VALIDATION, RouterLoad, routed_tokens, valid_tokens
+from comol_ds.router_load.counting import VALIDATION, mean_cosine
+from comol_ds.training.router_load import RouterLoad, routed_tokens, valid_tokens
 from comol_ds.training.step import model_inputs
 from tests.router_recount import Recount, assert_same_statistics
-from tests.tiny_models import FAMILIES, random_batch
+from tests.tiny_models import FAMILIES, left_padded, make_adapter_act, random_batch
 
 TARGETS = ["q_proj", "down_proj"]
 LAYERS = [f"model.layers.{i}.{name}" for i in range(2) for name in ("self_attn.q_proj", "mlp.down_proj")]
@@ -32,12 +32,7 @@ def build(router: str = "core", checkpointing: str = "none", experts: int = 3):
     base = AutoModelForCausalLM.from_config(FAMILIES["llama"])
     settings = AdapterSettings(r=4, num_experts=experts, router=router, target_modules=TARGETS)
     model = attach_adapter(base, settings, seed=3)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "comol_router" in name:
-                parameter.mul_(20)
-            if "comol_B" in name:
-                parameter.normal_()
+    make_adapter_act(model)
     settings = ModelSettings(activation_checkpointing=checkpointing)
     prepare_activations(model, settings, Mesh(RankGrid(0, 1)), leaf_layers=False)
     return model.train()
@@ -47,12 +42,8 @@ def right_padded() -> dict:
     return random_batch(4, seed=5)
 
 
-def left_padded() -> dict:
-    batch = random_batch(4, seed=6)
-    lengths = batch["attention_mask"].sum(1)
-    for name in ("input_ids", "labels", "attention_mask", "record_index"):
-        rows = [row.roll(len(row) - int(length)) for row, length in zip(batch[name], lengths, strict=True)]
-        batch[name] = torch.stack(rows)
+def padded_in_front() -> dict:
+    batch = left_padded(random_batch(4, seed=6))
     assert batch["attention_mask"][:, -1].all() and not batch["attention_mask"].all()
     return batch
 
@@ -83,7 +74,7 @@ def masks(*batches: dict) -> list[torch.Tensor]:
 
 @pytest.mark.parametrize("router", ["core", "input"])
 @pytest.mark.parametrize("checkpointing", ["none", "full"])
-@pytest.mark.parametrize("make_batch", [right_padded, left_padded, packed])
+@pytest.mark.parametrize("make_batch", [right_padded, padded_in_front, packed])
 def test_equals_the_recount(make_batch, checkpointing, router):
     model, batch = build(router, checkpointing), make_batch()
     load, recount = RouterLoad(model, tasks=TASKS), Recount(model)
@@ -133,7 +124,7 @@ def test_recomputation_runs_the_routers_again():
 
 
 def test_micro_batches_of_a_step_add_up_by_token():
-    model, batches = build(), [right_padded(), packed(), left_padded()]
+    model, batches = build(), [right_padded(), packed(), padded_in_front()]
     load, recount = RouterLoad(model, tasks=TASKS), Recount(model)
     count(model, load, *batches)
     assert_same_statistics(load.pop(), recount.statistics(batches, masks(*batches)), CLOSE)

@@ -12,7 +12,7 @@ from comol_ds import CoMoLConfig, track_router_load
 from comol_ds.adapters.comol_layer import CoMoLLinear
 from comol_ds.router_load.trainer_callback import RouterLoadCallback
 from tests.router_recount import Recount, assert_same_statistics
-from tests.tiny_models import FAMILIES, left_padded, random_batch, random_packed_batch
+from tests.tiny_models import FAMILIES, left_padded, make_adapter_act, random_batch, random_packed_batch
 
 CLOSE = 1e-9  # everything in float64
 FIELDS = ("input_ids", "attention_mask", "labels", "position_ids")
@@ -25,12 +25,7 @@ def model():
     adapted = get_peft_model(
         base, CoMoLConfig(r=4, lora_alpha=4, num_experts=3, target_modules=["q_proj", "down_proj"])
     )
-    with torch.no_grad():
-        for name, parameter in adapted.named_parameters():
-            if "comol_router" in name:
-                parameter.mul_(20)
-            if "comol_B" in name:
-                parameter.normal_()
+    make_adapter_act(adapted)
     return adapted.double().train()
 
 
