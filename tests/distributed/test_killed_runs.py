@@ -20,8 +20,7 @@ from tests.distributed.test_run_and_resume import arguments
 from tests.tiny_models import save_tiny_model
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow, pytest.mark.timeout(1800)]
-KILLS = 3
-STEPS = 60
+STEPS_PER_KILL = 20  # more than a run trains before it is killed
 TRAIN = REPOSITORY / "launch" / "train.py"
 
 
@@ -59,8 +58,12 @@ def wait_for(condition, process: subprocess.Popen, seconds: float = 200) -> None
         time.sleep(0.002)
 
 
-def run_and_kill(words: list[str], out: Path, extensions: Path, inside_save: bool, draw: random.Random) -> None:
-    """Start the run, and kill one of its two ranks while it trains, or while a checkpoint is written."""
+def run_and_kill(words: list[str], out: Path, extensions: Path, inside_save: bool, draw: random.Random) -> bool:
+    """Start the run, and kill one of its two ranks while it trains, or while a checkpoint is written.
+
+    Returns:
+        Whether it left an unfinished checkpoint.
+    """
     port, log = free_port(), out.parent / "killed.log"
     launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_accelerators", "2"]
     command = [*launcher, "--master_addr", "127.0.0.1", "--master_port", str(port), str(TRAIN), *words]
@@ -82,6 +85,7 @@ def run_and_kill(words: list[str], out: Path, extensions: Path, inside_save: boo
         os.kill(victim, signal.SIGKILL)
         process.wait(timeout=120)
         assert process.returncode != 0
+        return bool(list((out / "checkpoints").glob("*.writing-*")))
     except AssertionError as error:
         raise AssertionError(f"{error}\n{log.read_text()[-3000:]}") from error
     finally:
@@ -91,24 +95,27 @@ def run_and_kill(words: list[str], out: Path, extensions: Path, inside_save: boo
             leftover.unlink(missing_ok=True)
 
 
-def test_a_run_that_is_killed_again_and_again_ends_as_the_uninterrupted_one(tmp_path, extensions, monkeypatch):
+@pytest.mark.parametrize("kills", [3, pytest.param(20, marks=pytest.mark.exhaustive)])
+def test_a_run_that_is_killed_again_and_again_ends_as_the_uninterrupted_one(kills, tmp_path, extensions, monkeypatch):
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
     model, draw = save_tiny_model(tmp_path / "model"), random.Random(6)
-    changes = {"max_steps": STEPS, "save_steps": 3, "report_to": "none", "save_total_limit": 2}
+    steps = STEPS_PER_KILL * kills
+    changes = {"max_steps": steps, "save_steps": 3, "report_to": "none", "save_total_limit": 2}
     run = run_deepspeed(2, TRAIN, arguments(model, tmp_path / "through", **changes), extensions)
     assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-4000:]
     out = tmp_path / "out"
     words = arguments(model, out, "--resume_from_checkpoint", **changes)
-    reached = []
-    for number in range(KILLS):
-        run_and_kill(words, out, extensions, inside_save=number % 2 == 0, draw=draw)
+    reached, inside_save = [], 0
+    for number in range(kills):
+        inside_save += run_and_kill(words, out, extensions, inside_save=number % 2 == 0, draw=draw)
         found, _ = find_checkpoint("latest", out / "checkpoints")
         assert found is None or damage_of(found) is None
         reached.append(0 if found is None else int(found.name.removeprefix("step_")))
-    assert reached == sorted(reached) and 0 < reached[-1] < STEPS
+    assert reached == sorted(reached) and 0 < reached[-1] < steps
+    assert inside_save >= kills // 4
     run = run_deepspeed(2, TRAIN, words, extensions)
     assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-4000:]
-    assert f"step_{reached[-1]}: step {reached[-1]} of {STEPS}, by DeepSpeed's own files" in run.stdout
+    assert f"step_{reached[-1]}: step {reached[-1]} of {steps}, by DeepSpeed's own files" in run.stdout
     expected, found = (json_lines(folder / "metrics.jsonl") for folder in (tmp_path / "through", out))
     bits = [(line["step"], line["loss"], line["grad_norm"], line["lr"]) for line in expected]
     assert [(line["step"], line["loss"], line["grad_norm"], line["lr"]) for line in found] == bits
