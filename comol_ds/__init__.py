@@ -7,7 +7,8 @@ Importing this package registers the adapter type COMOL with PEFT and nothing el
 from comol_ds.adapters.config import CoMoLConfig
 from comol_ds.adapters.tuner import CoMoLModel
 from comol_ds.router_load.tracking import track_router_load
+from comol_ds.serving.inference import load_for_inference
 
 __version__ = "0.1.0"
 
-__all__ = ["CoMoLConfig", "CoMoLModel", "__version__", "track_router_load"]
+__all__ = ["CoMoLConfig", "CoMoLModel", "__version__", "load_for_inference", "track_router_load"]

@@ -25,7 +25,7 @@ ADAPTER = "default"  # PEFT's name for the adapter that get_peft_model attaches
 NO_MERGE = (
     "CoMoL has no exact merge: its core sum_e p_e C_e differs from token to token, a merged weight does not; use the "
     "adapter beside its base, or a static approximation, which is an export of its own "
-    "(python launch/export.py --checkpoint ADAPTER --format lora|merged, not part of this version)"
+    "(python launch/export.py --checkpoint ADAPTER --format lora or merged)"
 )
 
 

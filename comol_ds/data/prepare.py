@@ -87,12 +87,9 @@ def prepare_data(settings: DataSettings, tokenizer: PreTrainedTokenizerBase, see
     assert settings.dataset, "the launcher fills in the embedded data set"
     encode = RecordTokenizer(tokenizer, settings.max_length, settings.train_on_prompt)
     sources = find_sources(settings.dataset, settings.dataset_split, settings.dataset_format, settings.streaming)
-    held_out = find_sources(settings.eval_dataset or [], "validation", settings.dataset_format)
-    for source in [source for group in sources + held_out for source in group]:
-        if source.data_format == "messages":
-            check_chat_template(tokenizer, f"data set {source.path!r}")
+    _check_templates(sources, tokenizer)
     report = DataReport(settings.max_length, probed=settings.streaming)
-    evaluation = [_read(group, encode, settings, DataReport(settings.max_length)) for group in held_out]
+    evaluation = _evaluation(settings, encode, tokenizer)
     if settings.streaming:
         train: datasets.Dataset | datasets.IterableDataset = _stream(sources, encode, settings, seed, report)
     else:
@@ -106,6 +103,34 @@ def prepare_data(settings: DataSettings, tokenizer: PreTrainedTokenizerBase, see
     validation = _limit(datasets.concatenate_datasets(evaluation), settings.max_eval_records, seed, _LIMIT_VALIDATION)
     report.validation = len(validation)
     return PreparedData(train, validation, report)
+
+
+def validation_records(settings: DataSettings, tokenizer: PreTrainedTokenizerBase, seed: int) -> datasets.Dataset:
+    """The validation records of `prepare_data` alone: training data are read only if they are held out of them.
+
+    Raises:
+        UserError: as `prepare_data`.
+    """
+    if not settings.eval_dataset:
+        return prepare_data(settings, tokenizer, seed).validation
+    encode = RecordTokenizer(tokenizer, settings.max_length, settings.train_on_prompt)
+    records = datasets.concatenate_datasets(_evaluation(settings, encode, tokenizer))
+    return _limit(records, settings.max_eval_records, seed, _LIMIT_VALIDATION)
+
+
+def _evaluation(
+    settings: DataSettings, encode: RecordTokenizer, tokenizer: PreTrainedTokenizerBase
+) -> list[datasets.Dataset]:
+    """The usable records of every --eval_dataset."""
+    sources = find_sources(settings.eval_dataset or [], "validation", settings.dataset_format)
+    _check_templates(sources, tokenizer)
+    return [_read(group, encode, settings, DataReport(settings.max_length)) for group in sources]
+
+
+def _check_templates(sources: list[tuple[Source, ...]], tokenizer: PreTrainedTokenizerBase) -> None:
+    for source in [source for group in sources for source in group]:
+        if source.data_format == "messages":
+            check_chat_template(tokenizer, f"data set {source.path!r}")
 
 
 def _read(

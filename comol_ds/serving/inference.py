@@ -1,0 +1,113 @@
+"""A trained adapter on its base, ready to generate in plain transformers: exact, on any device."""
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from comol_ds.errors import UserError, one_line
+from comol_ds.export.source import AdapterSource, find_adapter
+from comol_ds.router_load.counting import VALIDATION
+from comol_ds.router_load.tracking import track_router_load
+
+
+def load_for_inference(
+    checkpoint: str | os.PathLike,
+    base: str | None = None,
+    dtype: torch.dtype | str = "auto",
+    **model_options: Any,
+) -> tuple[PeftModel, PreTrainedTokenizerBase]:
+    """A trained adapter on its base model, in evaluation mode, and the tokenizer.
+
+        model, tokenizer = load_for_inference("runs/first")
+        answers, load = generate(model, tokenizer, ["12 + 30 ="])
+
+    Args:
+        checkpoint: a run folder, a checkpoint of it, or an adapter folder.
+        base: base model folder or hub name, instead of the one that the adapter names.
+        dtype: of the base; "auto" is the one that its files have. The adapter stays in fp32.
+        model_options: for from_pretrained, such as device_map.
+
+    Raises:
+        UserError: there is no such adapter or base.
+    """
+    source = find_adapter(checkpoint, base)
+    model = PeftModel.from_pretrained(load_base(source.base, dtype, **model_options), source.folder)
+    return model.eval(), load_tokenizer(source)
+
+
+def load_base(base: str, dtype: torch.dtype | str = "auto", **model_options: Any) -> PreTrainedModel:
+    """The frozen base model, in evaluation mode.
+
+    Raises:
+        UserError: it cannot be loaded.
+    """
+    try:
+        return AutoModelForCausalLM.from_pretrained(base, dtype=dtype, **model_options).eval()
+    except (OSError, ValueError) as error:
+        raise UserError(f"base {base!r} cannot be loaded; give --model_name_or_path: {one_line(error)}") from error
+
+
+def load_tokenizer(source: AdapterSource) -> PreTrainedTokenizerBase:
+    """The tokenizer that the adapter was trained with.
+
+    Raises:
+        UserError: it cannot be loaded.
+    """
+    try:
+        return AutoTokenizer.from_pretrained(source.tokenizer)
+    except (OSError, ValueError) as error:
+        raise UserError(f"tokenizer of {source.tokenizer!r} cannot be loaded: {one_line(error)}") from error
+
+
+@torch.no_grad()
+def generate(
+    model: PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    tasks: Sequence[str] | None = None,
+    **generation_options: Any,
+) -> tuple[list[str], dict[str, Any]]:
+    """Answer a batch of prompts, and say what the routers did.
+
+    The routers are watched in one more pass over prompts and answers: in generation itself, the rows that have ended
+    are padded without a mask.
+
+    Args:
+        model, tokenizer: from `load_for_inference`.
+        prompts: texts; padded on the left, and padding is not counted.
+        tasks: a label per prompt, to count each task apart.
+        generation_options: for model.generate, such as max_new_tokens; greedy without any.
+
+    Returns:
+        The answers without their prompts, and the router statistics over the tokens of prompts and answers, {"tokens":
+        ..., "layers": {name: ...}}, see `RouterCounts.pop`.
+
+    Raises:
+        UserError: the number of tasks is not that of the prompts.
+    """
+    if tasks is not None and len(tasks) != len(prompts):
+        raise UserError(f"{len(tasks)} tasks for {len(prompts)} prompts; give one per prompt")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    batch = tokenizer(list(prompts), return_tensors="pt", padding=True, padding_side="left").to(model.device)
+    options = {"do_sample": False, "pad_token_id": tokenizer.pad_token_id} | generation_options
+    ids = model.generate(**batch, **options)
+    written = ids[:, batch["input_ids"].shape[1] :]
+    mask = torch.cat([batch["attention_mask"], _until_end(written, model)], dim=1)
+    with track_router_load(model, tasks=sorted(set(tasks or ()))) as load:
+        if tasks is not None:
+            load.label_rows(tasks)
+        model(input_ids=ids, attention_mask=mask, logits_to_keep=1, use_cache=False)
+        statistics = load.read(VALIDATION)
+    return tokenizer.batch_decode(written, skip_special_tokens=True), statistics
+
+
+def _until_end(written: torch.Tensor, model: PeftModel) -> torch.Tensor:
+    """written [B, T] -> mask [B, T], 1 up to each row's first end-of-sequence token and there."""
+    ends = torch.tensor(model.generation_config.eos_token_id or [], device=written.device)
+    is_end = torch.isin(written, ends).long()
+    return ((is_end.cumsum(1) - is_end) == 0).long()

@@ -1,0 +1,79 @@
+"""What calibrates a static core, and what judges it."""
+
+import hashlib
+import json
+import shutil
+
+import numpy as np
+import pytest
+
+from comol_ds.errors import UserError
+from comol_ds.export.source import find_adapter
+from comol_ds.serving.calibration_data import calibration_and_test
+from comol_ds.serving.inference import load_tokenizer
+from tests.trained_adapters import save_run
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("calibration") / "run"
+    save_run(folder, records=11)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+
+
+def split(folder, entries=None, max_records=100):
+    source = find_adapter(folder)
+    return calibration_and_test(source, load_tokenizer(source), entries, max_records, batch_size=4)
+
+
+def test_the_validation_split_is_divided_and_no_record_is_on_both_sides(run):
+    calibration, test = split(run)
+    tokenizer = load_tokenizer(find_adapter(run))
+    lines = [json.loads(line) for line in (run.parent / "validation.jsonl").read_text().splitlines()]
+    texts = [line["prompt"] + line["completion"] for line in lines]
+    for part, start in ((calibration, 0), (test, 1)):
+        found = [tokenizer.decode(ids, skip_special_tokens=True) for ids in part.records["input_ids"]]
+        assert found == texts[start::2]
+    assert calibration.as_json()["data"] == "the run's validation split"
+
+
+def test_batches_hold_every_token_once_and_no_filler_rows(run):
+    calibration, _ = split(run)
+    batches = list(calibration.batches())
+    assert [len(batch["input_ids"]) for batch in batches] == [4, 2]
+    assert sum(int(batch["attention_mask"].sum()) for batch in batches) == calibration.as_json()["tokens"]
+
+
+def test_what_is_recorded_names_the_tokens(run):
+    calibration, test = split(run)
+    digest = hashlib.sha256()
+    for ids in calibration.records["input_ids"]:
+        digest.update(np.asarray([len(ids), *ids], dtype="<i8").tobytes())
+    assert calibration.as_json()["sha256"] == digest.hexdigest() != test.as_json()["sha256"]
+    assert (calibration.as_json()["records"], test.as_json()["records"]) == (6, 5)
+
+
+def test_data_of_one_s_own_and_a_limit(run, tmp_path):
+    data = tmp_path / "mine.jsonl"
+    data.write_text("".join(json.dumps({"question": f"{n}?", "answer": "yes"}) + "\n" for n in range(9)))
+    calibration, test = split(run, [str(data)], max_records=6)
+    assert (calibration.as_json()["records"], test.as_json()["records"]) == (3, 3)
+    assert calibration.name == str(data)
+
+
+def test_bad_input(run, tmp_path):
+    alone = tmp_path / "alone"
+    shutil.copytree(run / "adapter", alone)
+    with pytest.raises(UserError) as error:
+        split(alone)
+    assert str(error.value) == f"{alone} lies in no run folder and has no validation split; give --calibration DATA"
+    data = tmp_path / "one.jsonl"
+    data.write_text(json.dumps({"prompt": "a", "completion": "b"}) + "\n")
+    with pytest.raises(UserError) as error:
+        split(run, [str(data)])
+    assert str(error.value) == f"{data} has 1 usable records; calibration and its check need one each"

@@ -1,0 +1,69 @@
+"""A trained adapter in plain transformers: loading, answers, router statistics."""
+
+import pytest
+import torch
+
+from comol_ds import load_for_inference
+from comol_ds.errors import UserError
+from comol_ds.serving.inference import generate
+from tests.router_recount import Recount
+from tests.trained_adapters import save_run
+
+PROMPTS = ["1 plus 1 is", "a much longer prompt than the others, 22 plus 4 is", "7"]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("inference") / "run"
+    return folder, save_run(folder)
+
+
+def test_the_loaded_model_is_the_trained_one_bit_by_bit(run):
+    folder, trained = run
+    model, _ = load_for_inference(folder)
+    ids = torch.arange(3, 40).view(1, -1)
+    with torch.no_grad():
+        assert torch.equal(model(input_ids=ids).logits, trained(input_ids=ids).logits)
+    assert not model.training
+
+
+def test_a_batch_is_answered_as_its_prompts_one_by_one(run):
+    model, tokenizer = load_for_inference(run[0])
+    answers, load = generate(model, tokenizer, PROMPTS, max_new_tokens=5)
+    assert answers == [generate(model, tokenizer, [prompt], max_new_tokens=5)[0][0] for prompt in PROMPTS]
+    assert load["tokens"].keys() == {"all"}
+
+
+def test_statistics_count_prompts_and_answers_to_their_end_and_no_padding(run):
+    model, tokenizer = load_for_inference(run[0])
+    lengths = [len(tokenizer(prompt)["input_ids"]) for prompt in PROMPTS]
+    new = model.generate(**tokenizer(PROMPTS[:1], return_tensors="pt"), max_new_tokens=4, do_sample=False)
+    answer = new[0, lengths[0] :].tolist()
+    model.generation_config.eos_token_id = answer[1]
+    end = answer.index(answer[1]) + 1
+    texts, load = generate(model, tokenizer, PROMPTS, tasks=["sum", "sum", "other"], max_new_tokens=4)
+    alone = [generate(model, tokenizer, [prompt], max_new_tokens=4)[1]["tokens"]["all"] for prompt in PROMPTS]
+    assert alone[0] == lengths[0] + end and all(lengths[i] < alone[i] <= lengths[i] + 4 for i in range(3))
+    assert load["tokens"] == {"all": sum(alone), "sum": alone[0] + alone[1], "other": alone[2]}
+    assert len(load["layers"]) == 10 and len(texts) == 3
+
+
+def test_mean_gates_equal_a_recount(run):
+    model, tokenizer = load_for_inference(run[0], dtype=torch.float64)
+    model.double()
+    _, load = generate(model, tokenizer, PROMPTS[:1], max_new_tokens=3)
+    ids = model.generate(**tokenizer(PROMPTS[:1], return_tensors="pt"), max_new_tokens=3, do_sample=False)
+    batch = {"input_ids": ids, "record_index": torch.zeros_like(ids), "tasks": ["all"]}
+    recount = Recount(model)
+    model(input_ids=ids)
+    expected = recount.statistics([batch], [torch.ones_like(ids, dtype=torch.bool)])
+    for layer, values in load["layers"].items():
+        assert values["mean_gate"] == pytest.approx(expected["layers"][layer]["mean_gate"], rel=1e-9)
+
+
+def test_bad_input(run):
+    model, tokenizer = load_for_inference(run[0])
+    with pytest.raises(UserError, match=r"^2 tasks for 1 prompts; give one per prompt$"):
+        generate(model, tokenizer, ["a"], tasks=["b", "c"])
+    with pytest.raises(UserError, match=r"^base 'no/such' cannot be loaded; give --model_name_or_path: "):
+        load_for_inference(run[0], base="no/such")

@@ -1,0 +1,85 @@
+"""Which adapter an export starts from."""
+
+import shutil
+
+import pytest
+import torch
+
+from comol_ds.errors import UserError
+from comol_ds.export.source import base_folder, find_adapter
+from tests.trained_adapters import save_run
+
+
+@pytest.fixture
+def run(tmp_path):
+    folder = tmp_path / "run"
+    save_run(folder)
+    return folder
+
+
+def commit(run, step: int) -> None:
+    """A committed checkpoint with an adapter whose every number is the step."""
+    from safetensors.torch import load_file, save_file
+
+    checkpoint = run / "checkpoints" / f"step_{step}"
+    shutil.copytree(run / "adapter", checkpoint / "adapter")
+    path = checkpoint / "adapter" / "adapter_model.safetensors"
+    save_file({key: torch.full_like(tensor, step) for key, tensor in load_file(path).items()}, path)
+    (checkpoint / "COMMITTED").touch()
+
+
+def first_number(source) -> float:
+    return next(iter(source.tensors.values())).flatten()[0].item()
+
+
+def test_a_run_gives_its_final_adapter_and_its_settings(run):
+    commit(run, 7)
+    source = find_adapter(run)
+    assert source.folder == run / "adapter" and source.run["max_length"] == 64
+    assert source.base == str(run.parent / "model") == source.tokenizer
+    assert source.config.r == 4 and len(source.tensors) == 4 * 2 * 5
+
+
+def test_a_run_that_has_not_ended_gives_its_newest_committed_checkpoint(run):
+    for step in (90, 100):
+        commit(run, step)
+    commit(run, 200)
+    (run / "checkpoints" / "step_200" / "COMMITTED").unlink()
+    shutil.rmtree(run / "adapter")
+    source = find_adapter(run)
+    assert source.folder == run / "checkpoints" / "step_100" / "adapter" and first_number(source) == 100
+    assert source.run["seed"] == 1
+
+
+def test_a_checkpoint_or_an_adapter_folder_is_taken_itself(run, tmp_path):
+    commit(run, 90)
+    assert first_number(find_adapter(run / "checkpoints" / "step_90")) == 90
+    shutil.copytree(run / "adapter", tmp_path / "elsewhere" / "deep" / "copy")
+    source = find_adapter(tmp_path / "elsewhere" / "deep" / "copy", base="another/base")
+    assert source.run is None and source.base == "another/base"
+
+
+def test_the_tokenizer_of_the_run_comes_before_the_base_model_s(run):
+    (run / "config.yaml").write_text("tokenizer_name: some/tokenizer\n")
+    assert find_adapter(run).tokenizer == "some/tokenizer"
+
+
+def test_bad_input(run, tmp_path):
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    with pytest.raises(UserError) as error:
+        find_adapter(empty)
+    assert str(error.value) == (
+        f"{empty} holds no adapter: neither adapter_config.json and adapter_model.safetensors, nor adapter/, nor a"
+        " committed checkpoint"
+    )
+    with pytest.raises(UserError) as error:
+        find_adapter(tmp_path / "nowhere")
+    assert str(error.value) == f"{tmp_path / 'nowhere'} is not a folder; give a run's --output_dir or an adapter folder"
+    config = run / "adapter" / "adapter_config.json"
+    config.write_text(config.read_text().replace(f'"{run.parent / "model"}"', "null"))
+    with pytest.raises(UserError) as error:
+        find_adapter(run)
+    assert str(error.value) == f"{config} names no base model; give --model_name_or_path"
+    with pytest.raises(UserError, match="base model 'no/such' is neither a folder nor available from the hub; give --"):
+        base_folder("no/such")
