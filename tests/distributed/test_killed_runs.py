@@ -19,7 +19,7 @@ from tests.distributed.run_folders import json_lines
 from tests.distributed.test_run_and_resume import arguments
 from tests.tiny_models import save_tiny_model
 
-pytestmark = [pytest.mark.distributed, pytest.mark.slow, pytest.mark.timeout(1800)]
+pytestmark = [pytest.mark.distributed, pytest.mark.timeout(1800)]
 STEPS_PER_KILL = 20  # more than a run trains before it is killed
 TRAIN = REPOSITORY / "launch" / "train.py"
 
@@ -95,7 +95,9 @@ def run_and_kill(words: list[str], out: Path, extensions: Path, inside_save: boo
             leftover.unlink(missing_ok=True)
 
 
-@pytest.mark.parametrize("kills", [3, pytest.param(20, marks=pytest.mark.exhaustive)])
+@pytest.mark.parametrize(
+    "kills", [pytest.param(3, marks=pytest.mark.slow), pytest.param(20, marks=pytest.mark.exhaustive)]
+)
 def test_a_run_that_is_killed_again_and_again_ends_as_the_uninterrupted_one(kills, tmp_path, extensions, monkeypatch):
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
     model, draw = save_tiny_model(tmp_path / "model"), random.Random(6)

@@ -176,7 +176,7 @@ def test_a_signal_to_one_rank_stops_all_and_the_next_start_ends_the_same(folder,
     assert_same_end(through, out)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_tensor_and_data_parallel_ranks_agree_on_a_signal_to_the_last_of_them(folder, tmp_path, extensions):
     """2 x 2 ranks: the signal's data-parallel group holds ranks 1 and 3, the other one 0 and 2."""
     with by_srun(4, words_for(folder, tmp_path / "through", **PAIRS), tmp_path / "log", extensions) as run:

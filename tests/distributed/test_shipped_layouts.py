@@ -9,7 +9,8 @@ from tests.distributed.one_process import assert_equals_one_process
 from tests.distributed.suites import suite_trainer
 
 RANKS = {"tp8": 8, "70b_multinode": 2}
-RUNS = [pytest.param(suite, case, id=suite) for suite in RANKS for case in SUITES[suite]]
+MARKS = {"tp8": pytest.mark.exhaustive, "70b_multinode": pytest.mark.slow}  # eight ranks take minutes on two cores
+RUNS = [pytest.param(suite, case, id=suite, marks=MARKS[suite]) for suite in RANKS for case in SUITES[suite]]
 
 
 @pytest.fixture(scope="module")
@@ -17,7 +18,6 @@ def trained(models, tmp_path_factory, extensions):
     return suite_trainer("equality_worker.py", RANKS, models, tmp_path_factory, extensions)
 
 
-@pytest.mark.slow
 @pytest.mark.distributed
 @pytest.mark.parametrize(("suite", "case"), RUNS)
 def test_equals_one_process(suite, case, trained, models):

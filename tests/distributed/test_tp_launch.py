@@ -58,7 +58,7 @@ def cut_back(out, copy) -> None:
     shutil.rmtree(copy / "checkpoints" / f"step_{STEPS}")
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_resume_is_bit_equal_at_the_same_layout(first_run, tmp_path, extensions):
     model, out, _ = first_run
     cut_back(out, copy := tmp_path / "out")

@@ -33,14 +33,17 @@ def test_recipes_parse(path):
     assert tensor_parallel_size(template, None) == (2 if "tp2" in path.stem else 1)
 
 
-@pytest.mark.slow
+def recipe(name: str, geometry: dict, *words: str, mark: pytest.MarkDecorator = pytest.mark.exhaustive):
+    return pytest.param(name, geometry, ["--world_size", *words], marks=mark, id=name)
+
+
 @pytest.mark.parametrize(
     ("name", "geometry", "world"),
     [
-        ("llama3.1_8b_1gpu", LLAMA_8B, ["--world_size", "1"]),
-        ("llama3.1_70b_8x80gb", LLAMA_70B, ["--world_size", "8"]),
-        ("llama3.1_70b_8x80gb_tp2", LLAMA_70B, ["--world_size", "8"]),
-        ("llama3.1_70b_4nodes", LLAMA_70B, ["--world_size", "32", "--nodes", "4"]),
+        recipe("llama3.1_8b_1gpu", LLAMA_8B, "1"),
+        recipe("llama3.1_70b_8x80gb", LLAMA_70B, "8", mark=pytest.mark.slow),
+        recipe("llama3.1_70b_8x80gb_tp2", LLAMA_70B, "8"),
+        recipe("llama3.1_70b_4nodes", LLAMA_70B, "32", "--nodes", "4"),
     ],
 )
 def test_the_head_of_a_recipe_is_what_the_planner_says(name, geometry, world, tmp_path):
