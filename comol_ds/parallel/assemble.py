@@ -27,6 +27,7 @@ from comol_ds.parallel.loading import load_weights
 from comol_ds.parallel.mesh import Mesh
 from comol_ds.parallel.random_weights import draw_weights
 from comol_ds.parallel.router_losses import RouterLosses
+from comol_ds.parallel.staging import open_weights
 from comol_ds.parallel.start_adapter import load_start_adapter
 from comol_ds.parallel.tensor_parallel import draw_adapters, parallelize
 from comol_ds.parallel.tp_plan import place_linears
@@ -171,13 +172,13 @@ def locate_weights(base: PreTrainedModel, model_path: str) -> dict[str, StoredTe
     """Where the files hold each parameter of the whole base; one process per node downloads what is missing.
 
     Raises:
-        UserError: see `WeightFiles` and `find_weights`; on every rank.
+        UserError: see `open_weights` and `find_weights`; on every rank.
     """
     world = groups.read_world()
     groups.first_on_each_node(
         world, "download the weights", lambda: WeightFiles(model_path) if world.local_rank == 0 else None
     )
-    return groups.together("find the weights", lambda: find_weights(base, WeightFiles(model_path)))
+    return groups.together("find the weights", lambda: find_weights(base, open_weights(model_path)))
 
 
 def attach_adapter(model: PreTrainedModel, settings: AdapterSettings, seed: int) -> PeftModel:

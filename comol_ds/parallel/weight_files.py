@@ -82,6 +82,11 @@ class WeightFiles:
         is_index = self.path.name == SAFE_WEIGHTS_INDEX_NAME
         self._promised = _read_index(model_path, self.path) if is_index else {}
 
+    @property
+    def files(self) -> list[Path]:
+        """The index, if there is one, and every file with tensors."""
+        return [self.path, *sorted(set(self._promised.values()))]
+
     @cached_property
     def tensors(self) -> dict[str, StoredTensor]:
         """Every tensor by name, from the headers of all files.

@@ -92,6 +92,15 @@ class CheckpointWriter:
         self._committer = Committer(world.size, self._generation, keep, wait_seconds)
         self._flight: _Flight | None = None
 
+    def check_claim(self) -> None:
+        """To be asked before a line is logged: whoever has claimed the folder since writes the lines of these steps.
+
+        Raises:
+            Overtaken: another run has; on rank 0, which writes the logs.
+        """
+        if self._world.rank == 0:
+            self._generation.check()
+
     def save(self, assembled: Assembled, step: int) -> None:
         """Take a copy of everything and start to write it, after the one before is committed. A collective call.
 

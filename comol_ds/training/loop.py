@@ -124,10 +124,14 @@ def train(state: Run) -> bool:
 def log_step(state: Run, step: int, progress: tqdm, stops: bool) -> None:
     """Lines of metrics and router statistics where they are due; where the run ends, over what is not yet logged."""
     last = state.total_steps
-    if step % state.plan.config.run.logging_steps == 0 or step == last or stops:
+    is_due = step % state.plan.config.run.logging_steps == 0 or step == last or stops
+    details = state.router_log.is_due(step, last) or stops
+    if is_due or details:
+        state.checkpoints.check_claim()
+    if is_due:
         line = state.metrics.log(step, state.engine.get_lr()[0])
         progress.set_postfix_str(f"loss {line['loss']:.4f}, {line['tokens_per_second']:.0f} tokens/s")
-    if state.router_log.is_due(step, last) or stops:
+    if details:
         say(state.plan, *state.router_log.write(step))
 
 
@@ -183,6 +187,7 @@ def evaluate_now(state: Run, step: int) -> None:
         settings.run.max_new_tokens,
         device(),
     )
+    state.checkpoints.check_claim()
     state.evaluations.append(evaluation)
     state.metrics.log_evaluation(step, evaluation)
     state.router_log.write(step, VALIDATION)

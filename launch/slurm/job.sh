@@ -45,10 +45,22 @@ step() {
     return $code
 }
 
+# stage PYTHON...: one task per node copies the weights to the node's own disk, if COMOL_STAGE_DIR says where.
+stage() {
+    if [[ -n "${COMOL_STAGE_DIR:-}" ]]; then
+        # --wait=0: the first node to be done must not end the others
+        step stage --ntasks "$SLURM_JOB_NUM_NODES" --ntasks-per-node 1 --wait=0 \
+            "$@" launch/slurm/stage.py "${arguments[@]}"
+    fi
+}
+
 # end_job CODE: the trainer's 75 means "saved after a signal, start me again".
-# A job that is being cancelled, or requeued by somebody else, is not RUNNING any more: it is left alone.
+# A job that is being cancelled, or requeued by somebody else, is not RUNNING any more, or with another restart, if this
+# node was lost to SLURM and others have taken over: it is left alone.
 end_job() {
-    if (($1 == 75)) && scontrol show job --oneliner "$(this_job)" | grep -q ' JobState=RUNNING '; then
+    local facts
+    facts=" $(scontrol show job --oneliner "$(this_job)") "
+    if (($1 == 75)) && [[ $facts == *' JobState=RUNNING '* && $facts == *" Restarts=${SLURM_RESTART_COUNT:-0} "* ]]; then
         echo "$(date -Is) the run is saved; requeueing job $(this_job)"
         scontrol requeue "$(this_job)" && sleep 60 # SLURM ends this script meanwhile
     fi

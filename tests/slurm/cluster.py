@@ -134,6 +134,37 @@ class Cluster:
         self.wait_until(lambda: self.job(job)["JobState"] in ended, f"the end of job {job}", seconds)
         return self.job(job)
 
+    def ranks(self, job: str) -> dict[int, list[int]]:
+        """SLURM_PROCID -> the processes of this rank of a job's training, and those that it forked."""
+        found: dict[int, list[int]] = {}
+        for folder in Path("/proc").glob("[0-9]*"):
+            try:
+                words, variables = ((folder / name).read_bytes().split(b"\0") for name in ("cmdline", "environ"))
+            except OSError:
+                continue  # ended meanwhile
+            values = dict(variable.decode().split("=", 1) for variable in variables if b"=" in variable)
+            is_ours = values.get("SLURM_CONF") == self.environment["SLURM_CONF"] and values.get("SLURM_JOB_ID") == job
+            if is_ours and "SLURM_PROCID" in values and b"launch/train.py" in words and b"srun" not in words:
+                found.setdefault(int(values["SLURM_PROCID"]), []).append(int(folder.name))
+        return found
+
+    def kill_node(self, node: str) -> None:
+        """SIGKILL for a node's slurmd. What runs on the node goes on; after SlurmdTimeout the node counts as down."""
+        daemon = self._daemons[f"slurmd.{node}"]
+        daemon.kill()
+        daemon.wait()
+
+    def restart_node(self, node: str) -> None:
+        """Start a node's slurmd, unless it runs, and wait until the node takes jobs."""
+        if self._daemons[f"slurmd.{node}"].poll() is not None:
+            self._start_node(node)
+
+        def serves() -> bool:
+            state = self.command("sinfo", "--noheader", "--partition=low", f"--nodes={node}", "--format=%T")
+            return not state.startswith("down") and not state.endswith("*")  # the star: it does not answer
+
+        self.wait_until(serves, f"node {node} in service", 60)
+
     def logs(self) -> str:
         """The last lines of every daemon."""
         files = sorted((self.folder / "log").glob("*"))
@@ -199,12 +230,15 @@ class Cluster:
         self.wait_until((munge / "socket").exists, "munged's socket", 20)
         self._launch("slurmctld", "slurmctld", "-D", "-c", "-f", configuration)
         for node in self.nodes:
-            self._launch(f"slurmd.{node}", "slurmd", "-D", "-N", node, "-f", configuration)
+            self._start_node(node)
         self.wait_until(lambda: self._state() == f"idle {len(self.nodes)}", "all nodes idle", 30)
+
+    def _start_node(self, node: str) -> None:
+        self._launch(f"slurmd.{node}", "slurmd", "-D", "-N", node, "-f", self.environment["SLURM_CONF"])
 
     def _launch(self, name: str, program: str, *words: str) -> None:
         command = [shutil.which(program, path=SEARCH_PATH), *words]
-        with (self.folder / "log" / name).open("w") as log:
+        with (self.folder / "log" / name).open("a") as log:
             self._daemons[name] = subprocess.Popen(
                 command, env=self.environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
             )

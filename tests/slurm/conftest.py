@@ -6,6 +6,7 @@ import pytest
 
 from tests.distributed.conftest import extensions  # noqa: F401  (a fixture)
 from tests.slurm.cluster import Cluster, missing_programs
+from tests.slurm.cluster_runs import reference, submit  # noqa: F401  (fixtures)
 
 NODES = 2
 

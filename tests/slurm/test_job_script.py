@@ -111,6 +111,26 @@ def test_the_trainer_is_told_when_the_job_reaches_its_time_limit(cluster, folder
     assert f"time limit {expected}\n" in rank_log(folder, job, 0), end
 
 
+@pytest.mark.parametrize(
+    ("code", "facts", "asks"),
+    [
+        (75, "JobState=RUNNING Requeue=1 Restarts=2 NodeList=n1", True),
+        (1, "JobState=RUNNING Requeue=1 Restarts=2 NodeList=n1", False),
+        (75, "JobState=COMPLETING Requeue=1 Restarts=2 NodeList=n1", False),
+        # SLURM has lost this node and runs the job on another
+        (75, "JobState=RUNNING Requeue=1 Restarts=3 NodeList=n2", False),
+    ],
+)
+def test_a_job_is_requeued_by_its_own_running_script_alone(tmp_path, code, facts, asks):
+    (tmp_path / "scontrol").write_text(f'#!/bin/bash\necho "$*" >>{tmp_path}/asked\necho "JobId=7 {facts}"\n')
+    (tmp_path / "scontrol").chmod(0o755)
+    script = f"source {SCRIPTS}/job.sh; sleep() {{ :; }}; end_job {code}"
+    environment = {"PATH": f"{tmp_path}:/usr/bin:/bin", "SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": "2"}
+    run = subprocess.run(["bash", "-c", script], env=environment, capture_output=True, text=True, timeout=30)
+    assert run.returncode == code, run.stderr
+    assert ("requeue 7" in (tmp_path / "asked").read_text().splitlines()) == asks
+
+
 def test_another_exit_code_ends_the_job_with_the_ranks_last_lines(cluster, folder, submit):
     job = submit("crash")
     ended = cluster.wait_for_end(job, 60)
