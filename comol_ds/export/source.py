@@ -15,7 +15,17 @@ from comol_ds.adapters.config import CoMoLConfig
 from comol_ds.errors import UserError, one_line
 
 # Of a hub repository: weights in the one format that is read here, and the small files beside them.
-_HUB_FILES = ("*.safetensors", "*.json", "*.model", "*.txt", "*.jinja")
+_HUB_FILES = (
+    "*.safetensors",
+    "*.json",
+    "*.model",
+    "*.txt",
+    "*.jinja",
+    "*.tiktoken",
+    "LICENSE*",
+    "NOTICE*",
+    "USE_POLICY*",
+)
 
 
 @dataclass(frozen=True)

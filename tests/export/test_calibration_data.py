@@ -31,15 +31,28 @@ def split(folder, entries=None, max_records=100):
     return calibration_and_test(source, load_tokenizer(source), entries, max_records, batch_size=4)
 
 
-def test_the_validation_split_is_divided_and_no_record_is_on_both_sides(run):
+def test_the_validation_split_is_divided_and_every_record_is_on_one_side(run):
     calibration, test = split(run)
     tokenizer = load_tokenizer(find_adapter(run))
     lines = [json.loads(line) for line in (run.parent / "validation.jsonl").read_text().splitlines()]
     texts = [line["prompt"] + line["completion"] for line in lines]
-    for part, start in ((calibration, 0), (test, 1)):
-        found = [tokenizer.decode(ids, skip_special_tokens=True) for ids in part.records["input_ids"]]
-        assert found == texts[start::2]
+    halves = [
+        [tokenizer.decode(ids, skip_special_tokens=True) for ids in part.records["input_ids"]]
+        for part in (calibration, test)
+    ]
+    assert sorted(halves[0] + halves[1]) == sorted(texts)
     assert calibration.as_json()["data"] == "the run's validation split"
+    assert split(run)[0].as_json() == calibration.as_json(), "the same halves every time"
+
+
+def test_data_that_takes_its_tasks_in_turn_has_all_of_them_on_both_sides(run, tmp_path):
+    data = tmp_path / "turns.jsonl"
+    rows = [{"prompt": f"task {number % 6}:", "completion": f"{number}"} for number in range(120)]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    tokenizer = load_tokenizer(find_adapter(run))
+    for part in split(run, [str(data)], max_records=200):
+        texts = [tokenizer.decode(ids, skip_special_tokens=True) for ids in part.records["input_ids"]]
+        assert {text.split(":")[0] for text in texts} == {f"task {task}" for task in range(6)}
 
 
 def test_batches_hold_every_token_once_and_no_filler_rows(run):

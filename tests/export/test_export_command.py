@@ -1,0 +1,146 @@
+"""launch/export.py: every format from a run folder, what it prints, and what it refuses."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+from comol_ds import load_for_inference
+from comol_ds.errors import UserError
+from comol_ds.serving.command import export, parse
+from tests.distributed.launching import REPOSITORY
+from tests.trained_adapters import save_run
+
+IDS = torch.arange(3, 43).view(2, 20)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("export") / "run"
+    return folder, save_run(folder, records=24)
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+
+
+def logits(model) -> torch.Tensor:
+    with torch.no_grad():
+        return model.eval()(input_ids=IDS).logits
+
+
+def export_run(run, export_format: str, target, *words: str) -> list[str]:
+    return export(parse(["--checkpoint", str(run[0]), "--format", export_format, "--output_dir", str(target), *words]))
+
+
+def test_comol_is_the_trained_model_bit_by_bit(run, tmp_path):
+    lines = export_run(run, "comol", tmp_path / "out")
+    assert lines[0] == f"{run[0] / 'adapter'} -> {tmp_path / 'out'}, comol"
+    assert torch.equal(logits(load_for_inference(tmp_path / "out")[0]), logits(run[1]))
+
+
+def test_hf_exact_is_the_trained_model(run, tmp_path):
+    export_run(run, "hf-exact", tmp_path / "out")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=True)
+    assert (logits(model) - logits(run[1])).abs().max() <= 1e-6
+
+
+def test_vllm_lora_says_which_rank_the_server_must_take(run, tmp_path):
+    lines = export_run(run, "vllm-lora", tmp_path / "out")
+    assert "--max-lora-rank 16" in lines[1]
+    assert export(parse(["--check", str(tmp_path / "out"), "--for", "vllm"]))[0].endswith("as it is meant")
+
+
+@pytest.mark.parametrize("core", ["least-squares", "mean-gate"])
+def test_lora_is_what_its_report_says(run, core, tmp_path):
+    lines = export_run(run, "lora", tmp_path / "out", "--core", core)
+    report = json.loads((tmp_path / "out" / "fidelity.json").read_text())
+    assert report["exact"] is False and report["core"] == core
+    scores = report["scores"]
+    assert list(scores) == ["exact", "base", "least-squares", "mean-gate", "written"]
+    assert scores["exact"]["kl_from_exact_nats"] == 0 < scores["written"]["kl_from_exact_nats"]
+    assert scores["written"]["kl_from_exact_nats"] == pytest.approx(scores[core]["kl_from_exact_nats"], rel=1e-4)
+    assert report["calibration"]["records"] == report["held_out"]["records"] == 12
+    assert report["calibration"]["sha256"] != report["held_out"]["sha256"]
+    assert "KL(exact || it)" in lines[1] and "mean-gate" in lines[1]
+    served = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(run[0].parent / "model"), tmp_path / "out")
+    assert (logits(served) - logits(run[1])).abs().max() > 1e-3, "an approximation"
+
+
+def test_merged_is_the_lora_in_the_weights(run, tmp_path):
+    for export_format in ("lora", "merged"):
+        export_run(run, export_format, tmp_path / export_format)
+    base = AutoModelForCausalLM.from_pretrained(run[0].parent / "model")
+    expected = logits(PeftModel.from_pretrained(base, tmp_path / "lora"))
+    merged = logits(AutoModelForCausalLM.from_pretrained(tmp_path / "merged"))
+    torch.testing.assert_close(merged, expected, rtol=1e-5, atol=1e-5)
+    scores = json.loads((tmp_path / "merged" / "fidelity.json").read_text())["scores"]
+    assert scores["written"]["kl_from_exact_nats"] == pytest.approx(
+        scores["least-squares"]["kl_from_exact_nats"], rel=1e-3
+    )
+
+
+def test_an_export_replaces_an_earlier_one_only_when_asked(run, tmp_path):
+    export_run(run, "comol", tmp_path / "out")
+    with pytest.raises(UserError) as error:
+        export_run(run, "vllm-lora", tmp_path / "out")
+    assert str(error.value) == f"{tmp_path / 'out'} exists; choose another --output_dir or add --overwrite_output_dir"
+    export_run(run, "vllm-lora", tmp_path / "out", "--overwrite_output_dir")
+    assert "lora_A" in (tmp_path / "out" / "adapter_model.safetensors").read_bytes()[:2000].decode(errors="ignore")
+
+
+@pytest.mark.parametrize("inside", ["adapter", "."])
+def test_what_is_read_is_never_written_over(run, inside):
+    target = (run[0] / inside).resolve()
+    with pytest.raises(UserError, match="choose another --output_dir"):
+        export_run(run, "lora", target, "--overwrite_output_dir")
+    assert (run[0] / "adapter" / "adapter_model.safetensors").is_file() and (run[0] / "config.yaml").is_file()
+
+
+def test_an_error_half_way_leaves_nothing(run, tmp_path, monkeypatch):
+    monkeypatch.setattr("comol_ds.serving.approximate.score", lambda *_: 1 / 0)
+    for export_format in ("lora", "merged"):
+        with pytest.raises(ZeroDivisionError):
+            export_run(run, export_format, tmp_path / "out" / export_format)
+    assert not [path for path in (tmp_path / "out").rglob("*") if path.is_file()]
+
+
+CHECK = ["--check", "somewhere"]
+EXPORT = ["--checkpoint", "somewhere", "--format", "lora", "--output_dir", "out"]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "one of the arguments --checkpoint --check --from_authors is required; see --help"),
+        (EXPORT[:2], "--output_dir is missing; name the folder to write"),
+        ([*EXPORT[:2], *EXPORT[4:]], "--format is missing; give one of comol, hf-exact, vllm-lora, lora, merged"),
+        (CHECK, "--check somewhere: give --for with one of vllm, sglang, tgi, llamacpp, peft"),
+        ([*EXPORT, "--max_calibration_records", "0"], "--max_calibration_records 0: must be a positive whole number"),
+        ([*EXPORT, "--cores", "x"], "unrecognized arguments: --cores x; see --help"),
+    ],
+)
+def test_bad_flags_are_one_line(words, message):
+    with pytest.raises(UserError) as error:
+        parse(words)
+    assert str(error.value) == message
+
+
+def test_the_command_ends_with_2_and_one_line(tmp_path):
+    words = ["--checkpoint", str(tmp_path), "--format", "comol", "--output_dir", str(tmp_path / "out")]
+    done = subprocess.run(
+        [sys.executable, str(REPOSITORY / "launch" / "export.py"), *words], capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.splitlines()[-1].startswith(f"export.py: error: {tmp_path} holds no adapter: ")
+
+
+def test_a_fault_that_check_finds_ends_with_2_and_says_what_the_server_would_do(run, tmp_path):
+    export_run(run, "comol", tmp_path / "out")
+    with pytest.raises(UserError, match="peft_type is COMOL"):
+        export(parse(["--check", str(tmp_path / "out"), "--for", "sglang"]))
