@@ -20,7 +20,6 @@ from tests.distributed.test_run_and_resume import arguments
 from tests.tiny_models import save_tiny_model
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(1800)]
-STEPS_PER_KILL = 20  # more than a run trains before it is killed
 TRAIN = REPOSITORY / "launch" / "train.py"
 
 
@@ -101,9 +100,9 @@ def run_and_kill(words: list[str], out: Path, extensions: Path, inside_save: boo
 def test_a_run_that_is_killed_again_and_again_ends_as_the_uninterrupted_one(kills, tmp_path, extensions, monkeypatch):
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
     model, draw = save_tiny_model(tmp_path / "model"), random.Random(6)
-    steps = STEPS_PER_KILL * kills
+    steps = 30 + 10 * kills  # more than are trained before the last of them
     changes = {"max_steps": steps, "save_steps": 3, "report_to": "none", "save_total_limit": 2}
-    run = run_deepspeed(2, TRAIN, arguments(model, tmp_path / "through", **changes), extensions)
+    run = run_deepspeed(2, TRAIN, arguments(model, tmp_path / "through", **changes), extensions, timeout=900)
     assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-4000:]
     out = tmp_path / "out"
     words = arguments(model, out, "--resume_from_checkpoint", **changes)
@@ -115,7 +114,7 @@ def test_a_run_that_is_killed_again_and_again_ends_as_the_uninterrupted_one(kill
         reached.append(0 if found is None else int(found.name.removeprefix("step_")))
     assert reached == sorted(reached) and 0 < reached[-1] < steps
     assert inside_save >= kills // 4
-    run = run_deepspeed(2, TRAIN, words, extensions)
+    run = run_deepspeed(2, TRAIN, words, extensions, timeout=900)
     assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-4000:]
     assert f"step_{reached[-1]}: step {reached[-1]} of {steps}, by DeepSpeed's own files" in run.stdout
     expected, found = (json_lines(folder / "metrics.jsonl") for folder in (tmp_path / "through", out))

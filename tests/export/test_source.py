@@ -81,5 +81,7 @@ def test_bad_input(run, tmp_path):
     with pytest.raises(UserError) as error:
         find_adapter(run)
     assert str(error.value) == f"{config} names no base model; give --model_name_or_path"
-    with pytest.raises(UserError, match="base model 'no/such' is neither a folder nor available from the hub; give --"):
-        base_folder("no/such")
+    with pytest.raises(
+        UserError, match="base model 'no/such/base' is neither a folder nor available from the hub; give --"
+    ):
+        base_folder("no/such/base")
