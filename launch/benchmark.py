@@ -4,6 +4,7 @@ Examples: python launch/benchmark.py layer --json layer.json
           python launch/benchmark.py load --gigabytes 2 --json load.json
           python launch/benchmark.py geometry --layers 2 --ranks 2 --json geometry.json
           python launch/benchmark.py router-load --json router_load.json
+          python launch/benchmark.py merge --rounds 5 --json merge.json
 """
 
 import argparse
@@ -66,14 +67,26 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     routers.add_argument(
         "--rounds", type=int, default=15, help="timed steps of every contender, after 2 for warming up"
     )
-    for suite in (layer, loading, model, routers):
+    merging = suites.add_parser(
+        "merge",
+        help="a static LoRA merged into a checkpoint: speed beside copying its files, memory, and all bits",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    merging.add_argument("--gigabytes", type=float, default=2.0, help="size of the random bf16 checkpoint, in 2^30")
+    merging.add_argument("--r", type=int, default=16, help="rank")
+    merging.add_argument("--rounds", type=int, default=5, help="copies and merges, with a warm page cache and a cold")
+    merging.add_argument("--folder", type=Path, help="an existing folder on the disk to measure; default: temporary")
+    for suite in (layer, loading, model, routers, merging):
         suite.add_argument("--json", type=Path, metavar="OUT", help="also write the results here")
     return parser.parse_args(arguments)
 
 
 def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
-    run = {"layer": run_layer, "load": run_load, "geometry": run_geometry, "router-load": run_router_load}
+    run = {
+        "layer": run_layer, "load": run_load, "geometry": run_geometry, "router-load": run_router_load,
+        "merge": run_merge,
+    }  # fmt: skip
     report = run[options.suite](options)
     if options.json:
         options.json.write_text(json.dumps(report, indent=2) + "\n")
@@ -113,6 +126,14 @@ def run_router_load(options: argparse.Namespace) -> dict:
         sizes = (options.hidden, options.layers, options.tokens, options.num_experts)
         result = router_load.measure_router_load(router_load.RouterLoadCase(Path(folder), *sizes), options.rounds)
         return report_on(result, router_load.table)
+
+
+def run_merge(options: argparse.Namespace) -> dict:
+    from comol_ds.benchmark import merge
+
+    with tempfile.TemporaryDirectory(dir=options.folder) as folder:
+        case = merge.MergeCase(Path(folder), options.gigabytes, options.r)
+        return report_on(merge.measure_merge(case, options.rounds), merge.table)
 
 
 def report_on(result: dict, table: Callable[[dict], str]) -> dict:
