@@ -10,7 +10,7 @@ pytestmark = pytest.mark.slow
 
 
 def test_command_measures_copy_and_merge(tmp_path, capsys):
-    main = runpy.run_path(str(Path(__file__).parents[2] / "launch" / "benchmark.py"))["main"]
+    main = runpy.run_path(str(Path(__file__).parents[3] / "launch" / "benchmark.py"))["main"]
     out = tmp_path / "out.json"
     assert main(["merge", "--gigabytes", "0.1", "--rounds", "1", "--folder", str(tmp_path), "--json", str(out)]) == 0
     (result,) = json.loads(out.read_text())["results"]

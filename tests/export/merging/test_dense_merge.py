@@ -1,7 +1,6 @@
 """A static update merged into a base: every bit of it, what stays as it is, and what the report says."""
 
 import json
-import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -13,8 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from comol_ds.export import merged_file
 from comol_ds.export.dense_merge import merge_into_base
-from comol_ds.export.static_lora import StaticLora
-from tests.export.merge_bases import (
+from tests.export.merging.merge_bases import (
     EMBEDDING,
     HEAD,
     MODULES,
@@ -34,28 +32,6 @@ from tests.tiny_models import FAMILIES, VOCABULARY
 def header_of(file: Path) -> bytes:
     content = file.read_bytes()
     return content[: 8 + int.from_bytes(content[:8], "little")]
-
-
-@pytest.fixture(scope="module")
-def stored(tmp_path_factory) -> Path:
-    return save_base(tmp_path_factory.mktemp("stored"))
-
-
-@pytest.fixture
-def base(stored, tmp_path) -> Path:
-    """A bf16 Llama in shards that a test may change."""
-    return shutil.copytree(stored, tmp_path / "base")
-
-
-@pytest.fixture
-def single(tmp_path) -> Path:
-    """A bf16 Llama in one file that a test may change."""
-    return save_base(tmp_path / "single", shards=False)
-
-
-@pytest.fixture
-def static(stored) -> StaticLora:
-    return random_update(tensors_of(stored))
 
 
 @pytest.fixture

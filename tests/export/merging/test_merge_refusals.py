@@ -3,7 +3,6 @@
 import errno
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -18,7 +17,7 @@ from safetensors.torch import load_file
 from comol_ds.export import merged_file, staged_folder
 from comol_ds.export.dense_merge import merge_into_base
 from comol_ds.export.static_lora import StaticLora
-from tests.export.merge_bases import (
+from tests.export.merging.merge_bases import (
     NORM,
     Q_PROJ,
     assert_same_bits,
@@ -32,29 +31,7 @@ from tests.export.merge_bases import (
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-REPOSITORY = Path(__file__).parents[2]
-
-
-@pytest.fixture(scope="module")
-def stored(tmp_path_factory) -> Path:
-    return save_base(tmp_path_factory.mktemp("stored"))
-
-
-@pytest.fixture
-def base(stored, tmp_path) -> Path:
-    """A bf16 Llama in shards that a test may change."""
-    return shutil.copytree(stored, tmp_path / "base")
-
-
-@pytest.fixture
-def single(tmp_path) -> Path:
-    """A bf16 Llama in one file that a test may change."""
-    return save_base(tmp_path / "single", shards=False)
-
-
-@pytest.fixture
-def static(stored) -> StaticLora:
-    return random_update(tensors_of(stored))
+REPOSITORY = Path(__file__).parents[3]
 
 
 @pytest.fixture
