@@ -5,13 +5,26 @@ R=64, E=8 before autograd keeps anything. Since h M = sum_e p_e (h C_e), the sam
 (p outer h), [N, E*R], with the stacked cores viewed as [E*R, R]. The outer product is cheap to form, so backward forms
 it again: only h and p stay alive between the passes, and both are tensors that routing keeps anyway.
 
+On a GPU Triton kernels do the same without writing the outer product to memory, where triton is installed; the
+environment variable COMOL_KERNEL says otherwise, see `takes_triton`.
+
 Glossary: N tokens, R rank, E experts, s = lora_alpha / r.
 """
 
-from collections.abc import Iterator
+import os
+from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 
 import torch
 from torch.autograd.function import once_differentiable
+
+from comol_ds.errors import UserError
+
+KERNEL_VARIABLE = "COMOL_KERNEL"
+KERNELS = ("torch", "triton")
+HAS_TRITON = find_spec("triton") is not None
+# At R=256 a core in fp32 is 256 KB, more than the shared memory of any multiprocessor.
+MOST_TRITON_RANK = 128
 
 # Elements of the temporary outer product [chunk, E*R], 32 MB in fp32. It bounds memory and costs no time: at N=2048,
 # R=64, E=8 on 2 cores, forward + backward took 6.0 ms in one chunk of 2^20 and 6.8 ms in chunks of 2^17.
@@ -29,47 +42,111 @@ def mix_cores(h: torch.Tensor, p: torch.Tensor, cores: torch.Tensor, scale: floa
 
     Returns:
         [..., R], dtype of h.
+
+    Raises:
+        UserError: COMOL_KERNEL is no kernel, or one that cannot run here.
     """
     leading = h.shape[:-1]
-    o = _MixCores.apply(h.reshape(-1, h.shape[-1]), p.reshape(-1, p.shape[-1]), cores, scale)
+    triton = takes_triton(h.device.type, (h.dtype, cores.dtype), h.shape[-1])
+    o = _MixCores.apply(h.reshape(-1, h.shape[-1]), p.reshape(-1, p.shape[-1]), cores, scale, triton)
     return o.view(*leading, cores.shape[-1])
+
+
+@torch.compiler.assume_constant_result
+def takes_triton(device_type: str, dtypes: tuple[torch.dtype, torch.dtype], rank: int) -> bool:
+    """Whether the Triton kernels mix tokens and cores of these dtypes, [N, R] and [E, R, R].
+
+    COMOL_KERNEL=torch never takes them; triton does or says why it cannot, and leaves only float64, which they do not
+    have, to torch; unset, they are taken on a GPU of compute capability 8.0 or later for R up to 128. Read at every
+    call, but once only by torch.compile.
+
+    Raises:
+        UserError: COMOL_KERNEL is no kernel, or triton where it cannot run.
+    """
+    asked = os.environ.get(KERNEL_VARIABLE)
+    if asked is not None and asked not in KERNELS:
+        raise UserError(f"{KERNEL_VARIABLE}={asked} is no kernel: set it to {' or '.join(KERNELS)}, or unset it")
+    if asked == "torch" or torch.float64 in dtypes:
+        return False
+    if asked is None:
+        able = HAS_TRITON and device_type == "cuda" and rank <= MOST_TRITON_RANK
+        return able and torch.cuda.get_device_capability() >= (8, 0)
+    obstacle = _obstacle_to_triton(device_type, rank)
+    if obstacle:
+        raise UserError(f"{KERNEL_VARIABLE}=triton, but {obstacle}, or unset {KERNEL_VARIABLE}")
+    return True
+
+
+def _obstacle_to_triton(device_type: str, rank: int) -> str | None:
+    if not HAS_TRITON:
+        return "triton is not installed: install it"
+    if device_type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        return f"the tensors are on the {device_type}: set TRITON_INTERPRET=1 for Triton's interpreter, for tests only"
+    if rank > MOST_TRITON_RANK:
+        return f"r is {rank}: set r to at most {MOST_TRITON_RANK}"
+    return None
 
 
 class _MixCores(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, h, p, cores, scale):  # [N, R], [N, E], [E, R, R]
+    def forward(ctx, h, p, cores, scale, triton):  # [N, R], [N, E], [E, R, R]
         ctx.save_for_backward(h, p, cores)
-        ctx.scale = scale
+        ctx.scale, ctx.triton = scale, triton
+        forward, _ = _passes(triton)
         with torch.autocast(h.device.type, enabled=False):
-            stacked = _stacked(cores, h.dtype)  # [E*R, R]
-            o = h.new_empty(h.shape)
-            for rows in _chunks(h, stacked.shape[0]):
-                torch.mm(_outer(p[rows], h[rows]), stacked, out=o[rows])
-            return o.mul_(scale)
+            return forward(h, p, cores, scale)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_o):  # [N, R]
         h, p, cores = ctx.saved_tensors
-        needs_h, needs_p, needs_cores, _ = ctx.needs_input_grad
+        _, backward = _passes(ctx.triton)
         with torch.autocast(h.device.type, enabled=False):
-            stacked = _stacked(cores, h.dtype)
-            grad_o = grad_o * ctx.scale
-            grad_h = h.new_empty(h.shape) if needs_h else None
-            grad_p = p.new_empty(p.shape) if needs_p else None
-            # Chunks are summed in the parameter's dtype: fp32 under autocast and for bf16 activations.
-            grad_stacked = torch.zeros_like(stacked, dtype=cores.dtype) if needs_cores else None
-            for rows in _chunks(h, stacked.shape[0]):
-                if needs_cores:
-                    outer = _outer(p[rows], h[rows])
-                    grad_stacked += outer.t() @ grad_o[rows]  # [E*R, R]
-                if needs_h or needs_p:
-                    u = (grad_o[rows] @ stacked.t()).view(-1, *cores.shape[:2])  # [n, E, R]
-                if needs_h:
-                    grad_h[rows] = torch.bmm(p[rows].unsqueeze(1), u).squeeze(1)
-                if needs_p:
-                    grad_p[rows] = torch.bmm(u, h[rows].unsqueeze(2)).squeeze(2)
-        return grad_h, grad_p, grad_stacked.view_as(cores) if needs_cores else None, None
+            return *backward(h, p, cores, grad_o, ctx.scale, ctx.needs_input_grad[:3]), None, None
+
+
+def _passes(triton: bool) -> tuple[Callable, Callable]:
+    if not triton:
+        return _forward, _backward
+    from comol_ds.adapters import mixing_triton  # loads triton, which CPU machines have no use for
+
+    return mixing_triton.forward, mixing_triton.backward
+
+
+def _forward(h: torch.Tensor, p: torch.Tensor, cores: torch.Tensor, scale: float) -> torch.Tensor:
+    stacked = _stacked(cores, h.dtype)  # [E*R, R]
+    o = h.new_empty(h.shape)
+    for rows in _chunks(h, stacked.shape[0]):
+        torch.mm(_outer(p[rows], h[rows]), stacked, out=o[rows])
+    return o.mul_(scale)
+
+
+def _backward(
+    h: torch.Tensor,
+    p: torch.Tensor,
+    cores: torch.Tensor,
+    grad_o: torch.Tensor,
+    scale: float,
+    needs: tuple[bool, bool, bool],
+) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+    needs_h, needs_p, needs_cores = needs
+    stacked = _stacked(cores, h.dtype)
+    grad_o = grad_o * scale
+    grad_h = h.new_empty(h.shape) if needs_h else None
+    grad_p = p.new_empty(p.shape) if needs_p else None
+    # Chunks are summed in the parameter's dtype: fp32 under autocast and for bf16 activations.
+    grad_stacked = torch.zeros_like(stacked, dtype=cores.dtype) if needs_cores else None
+    for rows in _chunks(h, stacked.shape[0]):
+        if needs_cores:
+            outer = _outer(p[rows], h[rows])
+            grad_stacked += outer.t() @ grad_o[rows]  # [E*R, R]
+        if needs_h or needs_p:
+            u = (grad_o[rows] @ stacked.t()).view(-1, *cores.shape[:2])  # [n, E, R]
+        if needs_h:
+            grad_h[rows] = torch.bmm(p[rows].unsqueeze(1), u).squeeze(1)
+        if needs_p:
+            grad_p[rows] = torch.bmm(u, h[rows].unsqueeze(2)).squeeze(2)
+    return grad_h, grad_p, grad_stacked.view_as(cores) if needs_cores else None
 
 
 def _stacked(cores: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

@@ -3,12 +3,11 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten
 
 from comol_ds.adapters import mixing
 from comol_ds.adapters.mixing import mix_cores
 from comol_ds.benchmark.layer import saved_bytes
+from tests.adapters.largest_result import LargestResult
 from tests.adapters.models import layer
 
 
@@ -18,21 +17,6 @@ def inputs(n=6, r=4, e=3, dtype=torch.float64):
     p = torch.softmax(torch.randn(n, e, dtype=dtype), -1).requires_grad_()
     cores = torch.randn(e, r, r, dtype=dtype, requires_grad=True)
     return h, p, cores
-
-
-class LargestResult(TorchDispatchMode):
-    """Elements of the largest tensor that any operation allocates or returns."""
-
-    def __init__(self):
-        super().__init__()
-        self.numel = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        for leaf in tree_flatten(result)[0]:
-            if isinstance(leaf, torch.Tensor):
-                self.numel = max(self.numel, leaf.numel())
-        return result
 
 
 @pytest.mark.parametrize("chunk", [mixing.CHUNK_ELEMENTS, 24], ids=["whole", "two-token-chunks"])
