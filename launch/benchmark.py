@@ -1,6 +1,8 @@
 """Measure this package against its neighbors.
 
 Examples: python launch/benchmark.py layer --json layer.json
+          python launch/benchmark.py step --layouts zero3-2 --geometries tiny --json step.json
+          python launch/benchmark.py collectives --json collectives.json
           python launch/benchmark.py load --gigabytes 2 --json load.json
           python launch/benchmark.py geometry --layers 2 --ranks 2 --json geometry.json
           python launch/benchmark.py router-load --json router_load.json
@@ -8,17 +10,24 @@ Examples: python launch/benchmark.py layer --json layer.json
 """
 
 import argparse
+import itertools
 import json
 import sys
 import tempfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
-from comol_ds.benchmark import load
+from comol_ds.benchmark import layer_profile, load
+from comol_ds.benchmark.contenders import CONTENDERS, DTYPES, LayerCase
 from comol_ds.benchmark.figures import machine
-from comol_ds.benchmark.layer import DTYPES, LayerCase, measure_layer, table
+from comol_ds.benchmark.layer import measure_layer, table
+
+# DeepSpeed's seconds of importing are not worth a help text
+LAYOUTS = ("zero3-1", "zero3-2", "tp2")
+STEP_CONTENDERS = ("comol", "lora", "molora", "frozen")
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -26,17 +35,50 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     suites = parser.add_subparsers(dest="suite", required=True)
     layer = suites.add_parser(
         "layer",
-        help="one adapted Linear: adapter path's time and bytes kept for backward, for CoMoL, LoRA, materialised cores",
+        help="one adapted Linear: adapter path's time, FLOPs and memory, for CoMoL, LoRA and other mixtures",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    layer.add_argument("--tokens", type=int, default=2048, help="N")
+    layer.add_argument("--tokens", type=int, default=512, help="N")
     layer.add_argument("--in_features", type=int, default=8192)
-    layer.add_argument("--out_features", type=int, default=8192)
-    layer.add_argument("--r", type=int, default=64, help="rank")
-    layer.add_argument("--num_experts", type=int, default=8)
+    layer.add_argument("--out_features", type=int, nargs="+", default=[8192, 28672])
+    layer.add_argument("--r", type=int, nargs="+", default=[16, 64], help="ranks")
+    layer.add_argument("--num_experts", type=int, nargs="+", default=[8, 32])
     layer.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES), metavar="DTYPE")
+    layer.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=list(CONTENDERS), metavar="NAME")
     layer.add_argument("--rounds", type=int, default=15, help="timed turns of every contender, after 3 for warming up")
+    layer.add_argument("--seconds", type=float, default=3.0, help="of a slow contender, which has at least 3 turns")
+    layer.add_argument("--profile", action="store_true", help="also print where CoMoL's and LoRA's time goes")
     layer.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    step = suites.add_parser(
+        "step",
+        help="whole training steps of a random Llama under ZeRO-3 and TP, for CoMoL, LoRA, MoLoRA and the frozen base",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    step.add_argument("--geometries", nargs="+", choices=("tiny", "70b"), default=["tiny", "70b"], metavar="NAME")
+    step.add_argument("--layouts", nargs="+", choices=LAYOUTS, default=list(LAYOUTS), metavar="NAME")
+    step.add_argument(
+        "--contenders",
+        nargs="+",
+        choices=STEP_CONTENDERS,
+        metavar="NAME",
+        help="default: all that the layout has; of 70b under zero3-2, where a step takes long, CoMoL and LoRA",
+    )
+    step.add_argument("--hidden", type=int, help="hidden size; default: the geometry's, as for the next two")
+    step.add_argument("--layers", type=int, help="decoder layers")
+    step.add_argument("--tokens", type=int, help="of a data-parallel rank and step")
+    step.add_argument("--r", type=int, default=16, help="rank")
+    step.add_argument("--num_experts", type=int, default=8)
+    step.add_argument("--rounds", type=int, default=5, help="timed steps of every contender, after 1 for warming up")
+    sent = suites.add_parser(
+        "collectives",
+        help="calls and bytes that a training step sends, under ZeRO-3 beside LoRA and under TP beside the frozen base",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    sent.add_argument("--hidden", type=int, default=1024, help="hidden size")
+    sent.add_argument("--layers", type=int, default=2, help="decoder layers")
+    sent.add_argument("--tokens", type=int, default=64, help="of a data-parallel rank and step")
+    sent.add_argument("--r", type=int, default=16, help="rank")
+    sent.add_argument("--num_experts", type=int, default=8)
     loading = suites.add_parser(
         "load",
         help="a checkpoint on several ranks: seconds, bytes read and host memory, beside transformers under ZeRO-3",
@@ -76,7 +118,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     merging.add_argument("--r", type=int, default=16, help="rank")
     merging.add_argument("--rounds", type=int, default=5, help="copies and merges, with a warm page cache and a cold")
     merging.add_argument("--folder", type=Path, help="an existing folder on the disk to measure; default: temporary")
-    for suite in (layer, loading, model, routers, merging):
+    for suite in (layer, step, sent, loading, model, routers, merging):
         suite.add_argument("--json", type=Path, metavar="OUT", help="also write the results here")
     return parser.parse_args(arguments)
 
@@ -84,8 +126,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
     run = {
-        "layer": run_layer, "load": run_load, "geometry": run_geometry, "router-load": run_router_load,
-        "merge": run_merge,
+        "layer": run_layer, "step": run_step, "collectives": run_collectives, "load": run_load,
+        "geometry": run_geometry, "router-load": run_router_load, "merge": run_merge,
     }  # fmt: skip
     report = run[options.suite](options)
     if options.json:
@@ -94,14 +136,50 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def run_layer(options: argparse.Namespace) -> dict:
-    sizes = (options.tokens, options.in_features, options.out_features, options.r, options.num_experts)
     report = {"machine": machine(options.device), "results": []}
     print(", ".join(f"{key} {value}" for key, value in report["machine"].items()))
-    for dtype in options.dtypes:
-        result = measure_layer(LayerCase(*sizes, dtype, options.device), options.rounds)
-        report["results"].append(result)
-        print(f"\n{table(result)}", flush=True)
+    for out_features, dtype in itertools.product(options.out_features, options.dtypes):
+        names = list(dict.fromkeys(["lora", *options.contenders]))
+        for r, num_experts in itertools.product(options.r, options.num_experts):
+            case = LayerCase(options.tokens, options.in_features, out_features, r, num_experts, dtype, options.device)
+            report["results"].append(measure_layer(case, options.rounds, names, seconds=options.seconds))
+            print(f"\n{table(report['results'][-1])}", flush=True)
+            if options.profile:
+                profiles = {name: layer_profile.profile_layer(case, name) for name in ("comol", "lora")}
+                report["results"][-1]["profile"] = profiles
+                print("\n".join(layer_profile.table(*profile) for profile in profiles.items()), flush=True)
+            names = [name for name in names if name != "base"]  # it knows neither r nor E
     return report
+
+
+def run_step(options: argparse.Namespace) -> dict:
+    from comol_ds.benchmark import step  # and with it DeepSpeed, which the other suites need not wait for
+
+    asked = {name: getattr(options, name) for name in ("hidden", "layers", "tokens", "r", "num_experts")}
+    asked = {name: value for name, value in asked.items() if value is not None}
+    results = []
+    for geometry, layout in itertools.product(options.geometries, options.layouts):
+        case = replace(step.GEOMETRIES[geometry], **asked)
+        is_long = (geometry, layout) == ("70b", "zero3-2")
+        names = options.contenders or (STEP_CONTENDERS[:2] if is_long else STEP_CONTENDERS)
+        with tempfile.TemporaryDirectory() as folder:
+            results.append(step.measure_step(case, layout, Path(folder), names, options.rounds))
+        print(f"{geometry}, {step.table(results[-1])}\n", flush=True)
+    return {"machine": machine("cuda" if torch.cuda.is_available() else "cpu"), "results": results}
+
+
+def run_collectives(options: argparse.Namespace) -> dict:
+    from comol_ds.benchmark import collectives
+    from comol_ds.benchmark.whole_models import ModelCase
+
+    sizes = {name: getattr(options, name) for name in ("hidden", "layers", "tokens", "r", "num_experts")}
+    case = ModelCase(**sizes, intermediate=3 * options.hidden)
+    results = []
+    for layout in collectives.CONTENDERS:
+        with tempfile.TemporaryDirectory() as folder:
+            results.append(collectives.measure_collectives(case, layout, Path(folder)))
+        print(f"{collectives.table(results[-1])}\n", flush=True)
+    return {"machine": machine("cuda" if torch.cuda.is_available() else "cpu"), "results": results}
 
 
 def run_load(options: argparse.Namespace) -> dict:
@@ -111,7 +189,7 @@ def run_load(options: argparse.Namespace) -> dict:
 
 
 def run_geometry(options: argparse.Namespace) -> dict:
-    from comol_ds.benchmark import geometry  # and with it DeepSpeed, which the other suites need not wait for
+    from comol_ds.benchmark import geometry
 
     with tempfile.TemporaryDirectory() as folder:
         sizes = (options.layers, options.ranks, options.steps, options.tokens)

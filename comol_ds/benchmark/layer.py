@@ -1,132 +1,73 @@
 """Time and memory of one adapted Linear's adapter path, forward + backward, side by side in one process.
 
-The contenders, all without the base Linear's own GEMM and with gradients for x and every adapter parameter:
-    comol     this package's layer
-    lora      the adapter modules of PEFT's LoRA layer, applied as its forward applies them
-    authors   CoMoL with the merged core of every token materialised, [E, N, R, R] summed to [N, R, R]
+The contenders are those of `comol_ds.benchmark.contenders`, without the base Linear's own GEMM and with gradients for x
+and every adapter parameter. No adapter at all would take no time here; what it is the floor of is the contender "base".
 They take turns within every round, so that a change in the machine's load hits all of them.
 """
 
+import os
 import statistics
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict
+from unittest.mock import patch
 
-import peft
 import torch
-import torch.nn.functional as F
-from peft.tuners.lora.layer import Linear as LoraLinear
-from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
-from comol_ds.adapters.comol_layer import CoMoLLinear, comol_table
-from comol_ds.adapters.table import AxisSizes
+from comol_ds.adapters.mixing import KERNEL_VARIABLE
+from comol_ds.benchmark.contenders import CONTENDERS, DTYPES, Contender, LayerCase
 from comol_ds.benchmark.figures import in_turns, median_ratio
+from comol_ds.planner.counting import LiveBytes, SavedBytes
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-
-
-@dataclass(frozen=True)
-class LayerCase:
-    """Sizes of the measured layer: N tokens, I -> O, rank R, E experts."""
-
-    tokens: int = 2048
-    in_features: int = 8192
-    out_features: int = 8192
-    r: int = 64
-    num_experts: int = 8
-    dtype: str = "fp32"
-    device: str = "cpu"
+# A contender that has used its seconds of a case takes no more turns after this many.
+FEWEST_ROUNDS = 3
 
 
-@dataclass(frozen=True)
-class Contender:
-    """A function of x [N, I] -> [N, O] and the parameters that it trains."""
+def measure_layer(
+    case: LayerCase, rounds: int, names: Sequence[str] = tuple(CONTENDERS), warmup: int = 3, seconds: float = 3.0
+) -> dict:
+    """Milliseconds per forward + backward, their spread, ratios within rounds, and what is counted of one such pass.
 
-    name: str
-    function: Callable[[torch.Tensor], torch.Tensor]
-    parameters: list[torch.Tensor]
-
-
-def measure_layer(case: LayerCase, rounds: int, warmup: int = 3) -> dict:
-    """Milliseconds per forward + backward, their spread, ratios within rounds, and bytes kept for backward.
+    Args:
+        case: the sizes.
+        rounds: timed turns of every contender.
+        names: the contenders, "lora" among them.
+        warmup: turns before them.
+        seconds: what a contender may use up: a slow one has fewer turns, but at least `FEWEST_ROUNDS` timed ones.
 
     Returns:
-        A dictionary that can be written as JSON; ratios are the median over rounds of contender / lora.
+        A dictionary that can be written as JSON. ratio_to_lora: the median over rounds of contender / lora;
+        saved_bytes_per_token: what autograd keeps for backward, without x and parameters; flops: of matrix products;
+        peak_bytes: of the tensors that the pass makes, gradients and output included, and its temporaries; on a CPU
+        without what a kernel of torch uses inside.
     """
     dtype, device = DTYPES[case.dtype], torch.device(case.device)
     torch.manual_seed(0)
     x = torch.randn(case.tokens, case.in_features, dtype=dtype, device=device, requires_grad=True)
     upstream = torch.randn(case.tokens, case.out_features, dtype=dtype, device=device)
-    contenders = [build(case) for build in (comol_contender, lora_contender, authors_contender)]
-    seconds: dict[str, list[float]] = {contender.name: [] for contender in contenders}
-    for contender, counts in in_turns(contenders, rounds, warmup):
+    contenders = [CONTENDERS[name](case) for name in names]
+    counts, used = {}, {}
+    for contender in contenders:
+        start = time.perf_counter()
+        counts[contender.name] = _count(contender, x, upstream)
+        used[contender.name] = time.perf_counter() - start
+    times = {name: list[float]() for name in names}
+    for contender, timed in in_turns(contenders, rounds, warmup):
+        name = contender.name
+        if used[name] > seconds and (not timed or len(times[name]) >= FEWEST_ROUNDS):
+            continue
         elapsed = _forward_backward(contender, x, upstream)
-        if counts:
-            seconds[contender.name].append(elapsed)
+        used[name] += elapsed
+        if timed:
+            times[name].append(elapsed)
     return {
         "case": asdict(case),
-        "rounds": rounds,
-        "milliseconds": {name: _summary(values) for name, values in seconds.items()},
-        "ratio_to_lora": {name: median_ratio(values, seconds["lora"]) for name, values in seconds.items()},
-        "saved_bytes_per_token": {
-            contender.name: saved_bytes(lambda c=contender: c.function(x), x, *contender.parameters) / case.tokens
-            for contender in contenders
-        },
+        "rounds": {name: len(values) for name, values in times.items()},
+        "milliseconds": {name: _summary(values) for name, values in times.items()},
+        "ratio_to_lora": {name: _ratio(values, times["lora"]) for name, values in times.items()},
+        **{what: {name: count[what] for name, count in counts.items()} for what in counts["lora"]},
     }
-
-
-def comol_contender(case: LayerCase) -> Contender:
-    layer = CoMoLLinear(_base(case))
-    layer.add_adapter("default", r=case.r, lora_alpha=case.r, num_experts=case.num_experts, init_adapter_weights=False)
-    layer.to(DTYPES[case.dtype]).set_adapter("default")
-    parameters = [getattr(layer, name)["default"] for name in layer.adapter_layer_names]
-    return Contender("comol", lambda x: layer.update(x, "default"), parameters)
-
-
-def lora_contender(case: LayerCase) -> Contender:
-    config = peft.LoraConfig(r=case.r, lora_alpha=case.r, init_lora_weights=False)
-    layer = LoraLinear(_base(case), "default", config, r=case.r, lora_alpha=case.r)
-    layer.to(DTYPES[case.dtype])
-    down, up, dropout = layer.lora_A["default"], layer.lora_B["default"], layer.lora_dropout["default"]
-    scaling = layer.scaling["default"]
-    return Contender("lora", lambda x: up(down(dropout(x))) * scaling, [down.weight, up.weight])
-
-
-def authors_contender(case: LayerCase) -> Contender:
-    """h M with M = sum_e p_e C_e formed for every token (arXiv 2603.00573), as the equation is written."""
-    sizes = AxisSizes(case.in_features, case.out_features, case.r, case.num_experts)
-    parameters = []
-    for parameter in comol_table(init_adapter_weights=False):
-        tensor = torch.empty(parameter.shape(sizes))
-        parameter.initialize(tensor)
-        parameters.append(tensor.to(case.device, DTYPES[case.dtype]).requires_grad_())
-    down, up, cores, router = parameters
-
-    def function(x: torch.Tensor) -> torch.Tensor:
-        h = F.linear(x, down)  # [N, R]
-        p = torch.softmax(F.linear(h, router), dim=-1)  # [N, E]
-        weighted = torch.stack([p[:, e, None, None] * cores[e] for e in range(case.num_experts)])  # [E, N, R, R]
-        merged = weighted.sum(0)  # [N, R, R]
-        return F.linear((h.unsqueeze(1) @ merged).squeeze(1), up) * 1.0
-
-    return Contender("authors", function, parameters)
-
-
-def saved_bytes(function: Callable[[], torch.Tensor], *exclude: torch.Tensor) -> int:
-    """Bytes of the distinct storages that autograd keeps for backward, without those of the excluded tensors."""
-    excluded = {tensor.untyped_storage().data_ptr() for tensor in exclude}
-    sizes: dict[int, int] = {}
-
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in excluded:
-            sizes[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        output = function()
-    assert output.requires_grad
-    return sum(sizes.values())
 
 
 def table(result: dict) -> str:
@@ -134,20 +75,46 @@ def table(result: dict) -> str:
     case = result["case"]
     head = (
         f"{case['dtype']}  N={case['tokens']}  {case['in_features']} -> {case['out_features']}  R={case['r']}  "
-        f"E={case['num_experts']}  {result['rounds']} rounds, milliseconds forward + backward"
+        f"E={case['num_experts']}  milliseconds forward + backward"
     )
-    rows = [f"{'':10}{'best':>9}{'median':>9}{'quartiles':>18}{'x lora':>9}{'bytes/token kept':>19}"]
+    rows = [
+        f"{'':10}{'rounds':>7}{'best':>9}{'median':>9}{'quartiles':>18}{'x lora':>9}{'GFLOP':>9}{'peak MiB':>10}"
+        f"{'bytes/token kept':>18}"
+    ]
     for name, time_ in result["milliseconds"].items():
         quartiles = f"{time_['lower_quartile']:.1f} - {time_['upper_quartile']:.1f}"
-        ratio, kept = result["ratio_to_lora"][name], result["saved_bytes_per_token"][name]
-        times = f"{time_['minimum']:9.1f}{time_['median']:9.1f}{quartiles:>18}"
-        rows.append(f"{name:10}{times}{ratio:9.2f}{kept:19,.0f}")
+        times = f"{result['rounds'][name]:7}{time_['minimum']:9.1f}{time_['median']:9.1f}{quartiles:>18}"
+        counted = f"{result['flops'][name] / 1e9:9.2f}{result['peak_bytes'][name] / 2**20:10.1f}"
+        kept = result["saved_bytes_per_token"][name]
+        rows.append(f"{name:10}{times}{result['ratio_to_lora'][name]:9.2f}{counted}{kept:18,.0f}")
     return "\n".join([head, *rows])
 
 
-def _base(case: LayerCase) -> nn.Linear:
-    """Never multiplied: the adapter path is measured alone."""
-    return torch.nn.utils.skip_init(nn.Linear, case.in_features, case.out_features, bias=False, device=case.device)
+def _count(contender: Contender, x: torch.Tensor, upstream: torch.Tensor) -> dict[str, float]:
+    """FLOPs and bytes of one pass. Triton's kernels hide their FLOPs, so they are torch's."""
+    own = [x, upstream, *contender.parameters, *contender.frozen]
+    saved = SavedBytes(own)
+    torchs_kernels = patch.dict(os.environ, {KERNEL_VARIABLE: "torch"})
+    with torchs_kernels, FlopCounterMode(display=False) as flops, LiveBytes(own) as live:
+        with saved:
+            y = contender.function(x)
+        kept = sum(saved.storages)
+        saved.release()
+        y.backward(upstream)  # not autograd.grad, which the counter of FLOPs does not stand
+    peak = live.highest
+    del y
+    for tensor in own:
+        tensor.grad = None
+    if x.device.type == "cuda":
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        _forward_backward(contender, x, upstream)
+        peak = torch.cuda.max_memory_allocated() - before
+    return {
+        "saved_bytes_per_token": kept / len(x),
+        "flops": flops.get_total_flops(),
+        "peak_bytes": peak,
+    }
 
 
 def _forward_backward(contender: Contender, x: torch.Tensor, upstream: torch.Tensor) -> float:
@@ -161,6 +128,11 @@ def _forward_backward(contender: Contender, x: torch.Tensor, upstream: torch.Ten
 def _synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize()
+
+
+def _ratio(mine: Sequence[float], loras: Sequence[float]) -> float:
+    """Over the rounds that both had."""
+    return median_ratio(*zip(*zip(mine, loras, strict=False), strict=True))
 
 
 def _summary(seconds: list[float]) -> dict[str, float]:

@@ -3,6 +3,7 @@ load -> checkpointing and leaf modules -> engine.
 """
 
 import math
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -51,7 +52,18 @@ class Assembled:
     hf_ds_config: HfDeepSpeedConfig | None
 
 
-def assemble(config: RunConfig, model_path: str, ds_config: dict[str, Any], total_steps: int, bf16: bool) -> Assembled:
+# attaches something trainable to a base that stands on meta; see `attach_adapter`
+Attach = Callable[[PreTrainedModel, AdapterSettings, int], PeftModel]
+
+
+def assemble(
+    config: RunConfig,
+    model_path: str,
+    ds_config: dict[str, Any],
+    total_steps: int,
+    bf16: bool,
+    attach: Attach | None = None,
+) -> Assembled:
     """Build everything that a training step needs, on the mesh that is arranged.
 
     Args:
@@ -60,12 +72,13 @@ def assemble(config: RunConfig, model_path: str, ds_config: dict[str, Any], tota
         ds_config: the resolved DeepSpeed dictionary.
         total_steps: optimizer steps of the whole run, for the schedule.
         bf16: store the base and compute in bfloat16, with fp32 master copies of what trains.
+        attach: what takes the place of `attach_adapter`, for comparisons.
 
     Raises:
         UserError: the model cannot be loaded, or the target modules match nothing.
     """
     stage, mesh = zero_stage(ds_config), groups.mesh()
-    model, vocabulary = build_model(config, model_path, ds_config, bf16, mesh)
+    model, vocabulary = build_model(config, model_path, ds_config, bf16, mesh, attach)
     # not earlier: while it lives, transformers partitions what it builds, and draws and broadcasts values
     hf_ds_config = HfDeepSpeedConfig(ds_config) if stage == 3 else None
     if config.adapter.adapter_name_or_path is not None:
@@ -88,7 +101,12 @@ def assemble(config: RunConfig, model_path: str, ds_config: dict[str, Any], tota
 
 
 def build_model(
-    config: RunConfig, model_path: str, ds_config: dict[str, Any], bf16: bool, mesh: Mesh
+    config: RunConfig,
+    model_path: str,
+    ds_config: dict[str, Any],
+    bf16: bool,
+    mesh: Mesh,
+    attach: Attach | None = None,
 ) -> tuple[PeftModel, Vocabulary]:
     """This rank's part of base and adapter: built on meta, adapted, sharded, then read from the files into place.
 
@@ -102,7 +120,7 @@ def build_model(
     base = build_skeleton(config.model, model_path, bf16)
     stored = None if config.model.init_random else locate_weights(base, model_path)
     placement = place_linears(base, config.parallel.tp_plan) if mesh.grid.tensor_parallel > 1 else None
-    model = attach_adapter(base, config.adapter, config.run.seed)
+    model = (attach or attach_adapter)(base, config.adapter, config.run.seed)
     torch.manual_seed(config.run.seed)
     vocabulary = give_ranks_their_part(model, placement, mesh, torch.device("cpu"), bf16)
     if stored is None:

@@ -122,7 +122,7 @@ def test_the_command(tmp_path):
     again = run_export(source, tmp_path / "ours")
     assert again.returncode == 2
     assert again.stderr.strip().splitlines() == [
-        f"error: {tmp_path / 'ours'} exists; choose another --output_dir or add --overwrite_output_dir"
+        f"export.py: error: {tmp_path / 'ours'} exists; choose another --output_dir or add --overwrite_output_dir"
     ]
 
 

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 from comol_ds.adapters import mixing
 from comol_ds.adapters.mixing import mix_cores
-from comol_ds.benchmark.layer import saved_bytes
+from comol_ds.planner.counting import SavedBytes
 from tests.adapters.largest_result import LargestResult
 from tests.adapters.models import layer
 
@@ -70,7 +70,10 @@ def test_saved_bytes_per_token(r, experts, limit):
     n, width = 128, 256
     wrapped = layer(width, width, dtype=torch.float32, r=r, num_experts=experts)
     x = torch.randn(2, n // 2, width, requires_grad=True)
-    total = saved_bytes(lambda: wrapped.update(x, "default"), x, *wrapped.parameters())
+    saved = SavedBytes([x, *wrapped.parameters()])
+    with saved:
+        wrapped.update(x, "default")
+    total = sum(saved.storages)
     # h and o of R numbers, p of E numbers, 4 bytes each
     assert total / n == 4 * (2 * r + experts)
     assert total / n <= limit

@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
 
-from tests.distributed.recorded_calls import CALLS, record_collectives
+from comol_ds.benchmark.recorded_calls import CALLS, record_collectives
 
 SMALLEST = 256  # bytes; below are norms and counts
 PLAIN_LINEAR = torch.nn.functional.linear  # the first ZeRO-3 engine replaces it for good

@@ -8,7 +8,7 @@ import pytest
 from tests.distributed.launching import run_deepspeed
 from tests.tiny_models import save_tiny_model
 
-pytestmark = pytest.mark.distributed
+pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 STAGES = ("zero0", "zero2", "zero3")
 LAYER = "base_model.model.model.layers.1.mlp.down_proj"
 

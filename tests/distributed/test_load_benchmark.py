@@ -7,7 +7,7 @@ import pytest
 
 from tests.distributed.launching import REPOSITORY
 
-pytestmark = [pytest.mark.distributed, pytest.mark.slow]
+pytestmark = [pytest.mark.distributed, pytest.mark.exhaustive]
 
 
 def test_command_measures_every_contender_on_every_rank(tmp_path, capsys, extensions, monkeypatch):

@@ -237,7 +237,7 @@ def test_an_evaluation_that_was_due_when_the_run_stopped_comes_first_in_the_next
 @pytest.mark.parametrize(
     ("launcher", "code"),
     [
-        pytest.param("deepspeed", 75, marks=pytest.mark.slow),
+        pytest.param("deepspeed", 75, marks=pytest.mark.exhaustive),
         pytest.param("torchrun", 1, marks=pytest.mark.exhaustive),
     ],
 )

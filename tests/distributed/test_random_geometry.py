@@ -14,7 +14,7 @@ GEOMETRY = {
 }  # fmt: skip
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.distributed
 @pytest.mark.parametrize("ds_config", ["zero3", "zero3_tp2"])
 def test_trains(ds_config, tmp_path, extensions, monkeypatch):

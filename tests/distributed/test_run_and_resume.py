@@ -136,7 +136,7 @@ def test_resume_falls_back_to_the_committed_one_and_is_bit_equal(first_run, tmp_
     assert found.keys() == expected.keys()
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_resume_on_another_layout_says_so_and_continues_the_logs(first_run, tmp_path, extensions):
     """Two data-parallel ranks under ZeRO-3 become one tensor-parallel pair under ZeRO-1."""
     model, out, _ = first_run

@@ -12,7 +12,7 @@ from tests.distributed.launching import REPOSITORY, run_deepspeed
 from tests.distributed.run_folders import assert_one_process_reproduces_the_evaluation, json_lines
 from tests.tiny_models import save_tiny_model
 
-pytestmark = pytest.mark.distributed
+pytestmark = [pytest.mark.distributed, pytest.mark.exhaustive]  # CI launches the like by README's command
 LAUNCHER = REPOSITORY / "launch" / "train.py"
 STEPS = 6
 
@@ -58,7 +58,6 @@ def cut_back(out, copy) -> None:
     shutil.rmtree(copy / "checkpoints" / f"step_{STEPS}")
 
 
-@pytest.mark.exhaustive
 def test_resume_is_bit_equal_at_the_same_layout(first_run, tmp_path, extensions):
     model, out, _ = first_run
     cut_back(out, copy := tmp_path / "out")
@@ -75,7 +74,6 @@ def test_resume_is_bit_equal_at_the_same_layout(first_run, tmp_path, extensions)
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
 
 
-@pytest.mark.exhaustive
 def test_resume_goes_on_without_tensor_parallelism(first_run, tmp_path, extensions):
     """Dropout draws new masks, so the losses are near those of the uninterrupted run, not equal."""
     model, out, _ = first_run

@@ -23,7 +23,7 @@ from tests.distributed.traps_worker import (
 )
 from tests.tiny_models import save_tiny_model
 
-pytestmark = [pytest.mark.distributed, pytest.mark.slow]
+pytestmark = [pytest.mark.distributed, pytest.mark.exhaustive]
 
 EVERY_TRAP = pytest.mark.parametrize("trap", TRAPS, ids=lambda trap: trap.__name__)
 FORWARD_BROKEN = [partitioned_over_world, with_hpz, other_batches_for_peers]

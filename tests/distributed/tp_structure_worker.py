@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import torch
 import torch.distributed as dist
 
-from tests.distributed.recorded_calls import CALLS, record_collectives
+from comol_ds.benchmark.recorded_calls import CALLS, record_collectives
 
 record_collectives()
 

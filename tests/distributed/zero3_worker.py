@@ -10,7 +10,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from tests.distributed.recorded_calls import CALLS, COLLECTIVES, record_collectives
+from comol_ds.benchmark.recorded_calls import CALLS, COLLECTIVES, record_collectives
 
 record_collectives()
 

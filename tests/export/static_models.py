@@ -1,5 +1,6 @@
 """Exact models for the tests of static exports, and every token's h, gates and product computed again, literally."""
 
+import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -19,7 +20,7 @@ TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "down_proj"]
 def exact_model(seed: int = 0, family: str = "llama", dtype: torch.dtype = torch.float64, **changes) -> PeftModel:
     """A random model whose adapter routes and changes what it says; the adapter is fp32 or float64."""
     torch.manual_seed(seed)
-    base = AutoModelForCausalLM.from_config(FAMILIES[family]).to(dtype)
+    base = AutoModelForCausalLM.from_config(copy.deepcopy(FAMILIES[family])).to(dtype)
     values = {"r": 6, "lora_alpha": 9, "num_experts": 3, "target_modules": TARGETS, "task_type": "CAUSAL_LM"} | changes
     model = get_peft_model(base, CoMoLConfig(**values)).eval()
     make_adapter_act(model)

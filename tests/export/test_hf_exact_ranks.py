@@ -12,7 +12,7 @@ from tests.distributed.launching import clean_environment, free_port, run_limite
 from tests.tiny_models import save_tiny_model
 from tests.trained_adapters import save_trained_adapter
 
-pytestmark = pytest.mark.distributed
+pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
 WORKER = Path(__file__).with_name("hf_exact_ranks.py")
 

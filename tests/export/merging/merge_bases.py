@@ -1,5 +1,6 @@
 """Bases in shards, updates and what a merge in memory makes of them, for the tests of the streamed merge."""
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -24,7 +25,8 @@ HEAD, EMBEDDING, NORM = "lm_head.weight", "model.embed_tokens.weight", "model.no
 
 def save_base(folder: Path, dtype: torch.dtype = torch.bfloat16, family: str = "llama", shards: bool = True) -> Path:
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(FAMILIES[family]).to(dtype)
+    config = copy.deepcopy(FAMILIES[family])  # saving writes the dtype into it
+    model = AutoModelForCausalLM.from_config(config).to(dtype)
     model.save_pretrained(folder, max_shard_size="20KB" if shards else "5GB")
     (folder / "tokenizer.json").write_text("{}")
     return folder
