@@ -15,7 +15,7 @@ from tests.distributed.launching import run_deepspeed
 from tests.distributed.one_process import TOLERANCE, relative
 from tests.tiny_models import random_batch, save_tiny_model
 
-pytestmark = [pytest.mark.distributed, pytest.mark.parametrize("router", ["core", "input"])]
+pytestmark = [pytest.mark.distributed, pytest.mark.slow, pytest.mark.parametrize("router", ["core", "input"])]
 
 
 def base_model(folder: Path) -> torch.nn.Module:
