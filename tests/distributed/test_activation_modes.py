@@ -20,14 +20,15 @@ from tests.distributed.one_process import assert_equal_training, assert_equals_o
 from tests.distributed.suites import suite_trainer
 from tests.tiny_models import FAMILIES, random_batch
 
-pytestmark = [pytest.mark.distributed, pytest.mark.slow]
+pytestmark = pytest.mark.distributed
 LLAMA = FAMILIES["llama"]
 
 
-def runs(default: list[Case], slow: list[Case]) -> list:
+def runs(cases: list[Case], further: list[Case]) -> list:
+    marks = pytest.mark.exhaustive
     return [
-        *(pytest.param("activations", case, id=case.name) for case in default),
-        *(pytest.param("activations-variations", case, id=case.name, marks=pytest.mark.slow) for case in slow),
+        *(pytest.param("activations", case, id=case.name, marks=pytest.mark.slow) for case in cases),
+        *(pytest.param("activations-variations", case, id=case.name, marks=marks) for case in further),
     ]
 
 
@@ -70,6 +71,7 @@ def test_dropout_draws_the_masks_of_keeping_all(suite, case, trained):
         assert share["mean_gate"] == pytest.approx(expected["load"]["layers"][layer]["mean_gate"], rel=1e-5)
 
 
+@pytest.mark.slow
 def test_partitioned_inputs_are_half_on_each_of_two_ranks(measured):
     tokens = random_batch(4, seed=0)["input_ids"].numel()
     inputs = LLAMA.num_hidden_layers * tokens * LLAMA.hidden_size * 4
@@ -79,6 +81,7 @@ def test_partitioned_inputs_are_half_on_each_of_two_ranks(measured):
         assert rank["kept"]["full"] < rank["kept"]["none"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["torch.float64", "torch.float32", "torch.bfloat16"])
 def test_loss_split_over_an_uneven_vocabulary(dtype, measured):
     for rank in measured:
@@ -89,6 +92,7 @@ def test_loss_split_over_an_uneven_vocabulary(dtype, measured):
     assert torch.equal(*(rank["losses"][dtype]["found"].nan_to_num() for rank in measured))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", BESIDE_NOTHING, ids=lambda case: case.name)
 def test_micro_batches_without_any_label_change_nothing(case, trained, models):
     """The head then computes no logits at all, on one data-parallel rank or on all tensor-parallel ones."""

@@ -14,9 +14,14 @@ from tests.distributed.one_process import (
 )
 from tests.distributed.suites import suite_trainer
 
-pytestmark = [pytest.mark.distributed, pytest.mark.slow]
+pytestmark = pytest.mark.distributed
 RANKS = {"router": 2, "router-tp2dp2": 4}
-RUNS = [pytest.param(suite, case, id=f"{suite}-{case.name}") for suite in RANKS for case in SUITES[suite]]
+MARKS = {"router": pytest.mark.slow, "router-tp2dp2": pytest.mark.exhaustive}
+RUNS = [
+    pytest.param(suite, case, id=f"{suite}-{case.name}", marks=MARKS[suite])
+    for suite in RANKS
+    for case in SUITES[suite]
+]
 
 
 @pytest.fixture(scope="module")
@@ -29,6 +34,7 @@ def test_equals_one_process(suite, case, trained, models):
     assert_equals_one_process(torch.load(trained(suite) / f"{case.name}.pt"), case, str(models))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("left_out", ROUTER_LOSSES)
 def test_every_loss_matters(left_out, models):
     """Without it the training ends far from where the equality would allow."""
