@@ -33,106 +33,89 @@ STEP_CONTENDERS = ("comol", "lora", "molora", "frozen")
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     suites = parser.add_subparsers(dest="suite", required=True)
-    layer = suites.add_parser(
-        "layer",
-        help="one adapted Linear: adapter path's time, FLOPs and memory, for CoMoL, LoRA and other mixtures",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    layer.add_argument("--tokens", type=int, default=512, help="N")
-    layer.add_argument("--in_features", type=int, default=8192)
-    layer.add_argument("--out_features", type=int, nargs="+", default=[8192, 28672])
-    layer.add_argument("--r", type=int, nargs="+", default=[16, 64], help="ranks")
-    layer.add_argument("--num_experts", type=int, nargs="+", default=[8, 32])
-    layer.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES), metavar="DTYPE")
-    layer.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=list(CONTENDERS), metavar="NAME")
-    layer.add_argument("--rounds", type=int, default=15, help="timed turns of every contender, after 3 for warming up")
-    layer.add_argument("--seconds", type=float, default=3.0, help="of a slow contender, which has at least 3 turns")
-    layer.add_argument("--profile", action="store_true", help="also print where CoMoL's and LoRA's time goes")
-    layer.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
-    step = suites.add_parser(
-        "step",
-        help="whole training steps of a random Llama under ZeRO-3 and TP, for CoMoL, LoRA, MoLoRA and the frozen base",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    step.add_argument("--geometries", nargs="+", choices=("tiny", "70b"), default=["tiny", "70b"], metavar="NAME")
-    step.add_argument("--layouts", nargs="+", choices=LAYOUTS, default=list(LAYOUTS), metavar="NAME")
-    step.add_argument(
-        "--contenders",
-        nargs="+",
-        choices=STEP_CONTENDERS,
-        metavar="NAME",
-        help="default: all that the layout has; of 70b under zero3-2, where a step takes long, CoMoL and LoRA",
-    )
-    step.add_argument("--hidden", type=int, help="hidden size; default: the geometry's, as for the next two")
-    step.add_argument("--layers", type=int, help="decoder layers")
-    step.add_argument("--tokens", type=int, help="of a data-parallel rank and step")
-    step.add_argument("--r", type=int, default=16, help="rank")
-    step.add_argument("--num_experts", type=int, default=8)
-    step.add_argument("--rounds", type=int, default=5, help="timed steps of every contender, after 1 for warming up")
-    sent = suites.add_parser(
-        "collectives",
-        help="calls and bytes that a training step sends, under ZeRO-3 beside LoRA and under TP beside the frozen base",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    sent.add_argument("--hidden", type=int, default=1024, help="hidden size")
-    sent.add_argument("--layers", type=int, default=2, help="decoder layers")
-    sent.add_argument("--tokens", type=int, default=64, help="of a data-parallel rank and step")
-    sent.add_argument("--r", type=int, default=16, help="rank")
-    sent.add_argument("--num_experts", type=int, default=8)
-    loading = suites.add_parser(
-        "load",
-        help="a checkpoint on several ranks: seconds, bytes read and host memory, beside transformers under ZeRO-3",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    loading.add_argument("--gigabytes", type=float, default=2.0, help="size of the random bf16 checkpoint, in 2^30")
-    loading.add_argument("--ranks", type=int, default=2)
-    loading.add_argument("--rounds", type=int, default=3, help="loads of every contender")
-    loading.add_argument("--folder", type=Path, help="an existing folder on the disk to measure; default: temporary")
-    model = suites.add_parser(
-        "geometry",
-        help="Llama-3.1-70B's geometry with few layers and random weights: steps and memory under ZeRO-3 and under TP",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    model.add_argument("--layers", type=int, default=2, help="decoder layers, of 80")
-    model.add_argument("--ranks", type=int, default=2, help="processes, one GPU each where there are some")
-    model.add_argument("--steps", type=int, default=3)
-    model.add_argument("--tokens", type=int, default=64, help="of a row")
-    routers = suites.add_parser(
-        "router-load",
-        help="training steps with router statistics and without",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    routers.add_argument("--hidden", type=int, default=1024, help="hidden size")
-    routers.add_argument("--layers", type=int, default=4, help="decoder layers")
-    routers.add_argument("--tokens", type=int, default=1024, help="of a step")
-    routers.add_argument("--num_experts", type=int, default=8)
-    routers.add_argument(
-        "--rounds", type=int, default=15, help="timed steps of every contender, after 2 for warming up"
-    )
-    merging = suites.add_parser(
-        "merge",
-        help="a static LoRA merged into a checkpoint: speed beside copying its files, memory, and all bits",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    merging.add_argument("--gigabytes", type=float, default=2.0, help="size of the random bf16 checkpoint, in 2^30")
-    merging.add_argument("--r", type=int, default=16, help="rank")
-    merging.add_argument("--rounds", type=int, default=5, help="copies and merges, with a warm page cache and a cold")
-    merging.add_argument("--folder", type=Path, help="an existing folder on the disk to measure; default: temporary")
-    for suite in (layer, step, sent, loading, model, routers, merging):
+    for name, (declare, _, what) in SUITES.items():
+        suite = suites.add_parser(name, help=what, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+        declare(suite)
         suite.add_argument("--json", type=Path, metavar="OUT", help="also write the results here")
     return parser.parse_args(arguments)
 
 
 def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
-    run = {
-        "layer": run_layer, "step": run_step, "collectives": run_collectives, "load": run_load,
-        "geometry": run_geometry, "router-load": run_router_load, "merge": run_merge,
-    }  # fmt: skip
-    report = run[options.suite](options)
+    _, run, _ = SUITES[options.suite]
+    report = run(options)
     if options.json:
         options.json.write_text(json.dumps(report, indent=2) + "\n")
     return 0
+
+
+def layer_flags(suite: argparse.ArgumentParser) -> None:
+    suite.add_argument("--tokens", type=int, default=512, help="N")
+    suite.add_argument("--in_features", type=int, default=8192)
+    suite.add_argument("--out_features", type=int, nargs="+", default=[8192, 28672])
+    suite.add_argument("--r", type=int, nargs="+", default=[16, 64], help="ranks")
+    suite.add_argument("--num_experts", type=int, nargs="+", default=[8, 32])
+    suite.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES), metavar="DTYPE")
+    suite.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=list(CONTENDERS), metavar="NAME")
+    suite.add_argument("--rounds", type=int, default=15, help="timed turns of every contender, after 3 for warming up")
+    suite.add_argument("--seconds", type=float, default=3.0, help="of a slow contender, which has at least 3 turns")
+    suite.add_argument("--profile", action="store_true", help="also print where CoMoL's and LoRA's time goes")
+    suite.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+
+
+def step_flags(suite: argparse.ArgumentParser) -> None:
+    suite.add_argument("--geometries", nargs="+", choices=("tiny", "70b"), default=["tiny", "70b"], metavar="NAME")
+    suite.add_argument("--layouts", nargs="+", choices=LAYOUTS, default=list(LAYOUTS), metavar="NAME")
+    suite.add_argument(
+        "--contenders",
+        nargs="+",
+        choices=STEP_CONTENDERS,
+        metavar="NAME",
+        help="default: all that the layout has; of 70b under zero3-2, where a step takes long, CoMoL and LoRA",
+    )
+    suite.add_argument("--hidden", type=int, help="hidden size; default: the geometry's, as for the next two")
+    suite.add_argument("--layers", type=int, help="decoder layers")
+    suite.add_argument("--tokens", type=int, help="of a data-parallel rank and step")
+    suite.add_argument("--r", type=int, default=16, help="rank")
+    suite.add_argument("--num_experts", type=int, default=8)
+    suite.add_argument("--rounds", type=int, default=5, help="timed steps of every contender, after 1 for warming up")
+
+
+def collectives_flags(suite: argparse.ArgumentParser) -> None:
+    suite.add_argument("--hidden", type=int, default=1024, help="hidden size")
+    suite.add_argument("--layers", type=int, default=2, help="decoder layers")
+    suite.add_argument("--tokens", type=int, default=64, help="of a data-parallel rank and step")
+    suite.add_argument("--r", type=int, default=16, help="rank")
+    suite.add_argument("--num_experts", type=int, default=8)
+
+
+def load_flags(suite: argparse.ArgumentParser) -> None:
+    suite.add_argument("--gigabytes", type=float, default=2.0, help="size of the random bf16 checkpoint, in 2^30")
+    suite.add_argument("--ranks", type=int, default=2)
+    suite.add_argument("--rounds", type=int, default=3, help="loads of every contender")
+    suite.add_argument("--folder", type=Path, help="an existing folder on the disk to measure; default: temporary")
+
+
+def geometry_flags(suite: argparse.ArgumentParser) -> None:
+    suite.add_argument("--layers", type=int, default=2, help="decoder layers, of 80")
+    suite.add_argument("--ranks", type=int, default=2, help="processes, one GPU each where there are some")
+    suite.add_argument("--steps", type=int, default=3)
+    suite.add_argument("--tokens", type=int, default=64, help="of a row")
+
+
+def router_load_flags(suite: argparse.ArgumentParser) -> None:
+    suite.add_argument("--hidden", type=int, default=1024, help="hidden size")
+    suite.add_argument("--layers", type=int, default=4, help="decoder layers")
+    suite.add_argument("--tokens", type=int, default=1024, help="of a step")
+    suite.add_argument("--num_experts", type=int, default=8)
+    suite.add_argument("--rounds", type=int, default=15, help="timed steps of every contender, after 2 for warming up")
+
+
+def merge_flags(suite: argparse.ArgumentParser) -> None:
+    suite.add_argument("--gigabytes", type=float, default=2.0, help="size of the random bf16 checkpoint, in 2^30")
+    suite.add_argument("--r", type=int, default=16, help="rank")
+    suite.add_argument("--rounds", type=int, default=5, help="copies and merges, with a warm page cache and a cold")
+    suite.add_argument("--folder", type=Path, help="an existing folder on the disk to measure; default: temporary")
 
 
 def run_layer(options: argparse.Namespace) -> dict:
@@ -165,7 +148,7 @@ def run_step(options: argparse.Namespace) -> dict:
         with tempfile.TemporaryDirectory() as folder:
             results.append(step.measure_step(case, layout, Path(folder), names, options.rounds))
         print(f"{geometry}, {step.table(results[-1])}\n", flush=True)
-    return {"machine": machine("cuda" if torch.cuda.is_available() else "cpu"), "results": results}
+    return report_of(results)
 
 
 def run_collectives(options: argparse.Namespace) -> dict:
@@ -179,7 +162,7 @@ def run_collectives(options: argparse.Namespace) -> dict:
         with tempfile.TemporaryDirectory() as folder:
             results.append(collectives.measure_collectives(case, layout, Path(folder)))
         print(f"{collectives.table(results[-1])}\n", flush=True)
-    return {"machine": machine("cuda" if torch.cuda.is_available() else "cpu"), "results": results}
+    return report_of(results)
 
 
 def run_load(options: argparse.Namespace) -> dict:
@@ -217,7 +200,52 @@ def run_merge(options: argparse.Namespace) -> dict:
 def report_on(result: dict, table: Callable[[dict], str]) -> dict:
     """Print a suite's one result; what --json writes of it."""
     print(table(result), flush=True)
-    return {"machine": machine("cuda" if torch.cuda.is_available() else "cpu"), "results": [result]}
+    return report_of([result])
+
+
+def report_of(results: list[dict]) -> dict:
+    """What --json writes."""
+    return {"machine": machine("cuda" if torch.cuda.is_available() else "cpu"), "results": results}
+
+
+# name -> what declares its flags, what runs it, and what it measures
+SUITES: dict[str, tuple[Callable[[argparse.ArgumentParser], None], Callable[[argparse.Namespace], dict], str]] = {
+    "layer": (
+        layer_flags,
+        run_layer,
+        "one adapted Linear: adapter path's time, FLOPs and memory, for CoMoL, LoRA and other mixtures",
+    ),
+    "step": (
+        step_flags,
+        run_step,
+        "whole training steps of a random Llama under ZeRO-3 and TP, for CoMoL, LoRA, MoLoRA and the frozen base",
+    ),
+    "collectives": (
+        collectives_flags,
+        run_collectives,
+        "calls and bytes that a training step sends, under ZeRO-3 beside LoRA and under TP beside the frozen base",
+    ),
+    "load": (
+        load_flags,
+        run_load,
+        "a checkpoint on several ranks: seconds, bytes read and host memory, beside transformers under ZeRO-3",
+    ),
+    "geometry": (
+        geometry_flags,
+        run_geometry,
+        "Llama-3.1-70B's geometry with few layers and random weights: steps and memory under ZeRO-3 and under TP",
+    ),
+    "router-load": (
+        router_load_flags,
+        run_router_load,
+        "training steps with router statistics and without",
+    ),
+    "merge": (
+        merge_flags,
+        run_merge,
+        "a static LoRA merged into a checkpoint: speed beside copying its files, memory, and all bits",
+    ),
+}
 
 
 if __name__ == "__main__":
