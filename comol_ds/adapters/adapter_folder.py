@@ -19,14 +19,13 @@ from peft.tuners.tuners_utils import check_target_module_exists
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from comol_ds.adapters.comol_layer import comol_table
+from comol_ds.adapters.comol_layer import KEY_PREFIX, comol_table
 from comol_ds.adapters.config import CoMoLConfig
 from comol_ds.adapters.table import infer_sizes, parameter_names
 from comol_ds.errors import UserError, one_line
 
 CONFIG_FILE = "adapter_config.json"
 TENSOR_FILE = "adapter_model.safetensors"
-KEY_PREFIX = "base_model.model."
 
 
 def write_adapter(tensors: dict[str, torch.Tensor], config: CoMoLConfig, folder: str | os.PathLike) -> None:
@@ -137,19 +136,19 @@ def verify_tensors(tensors: dict[str, torch.Tensor], config: CoMoLConfig) -> Non
     if not tensors:
         raise UserError("the adapter has no tensors")
     table = comol_table(config.router)
-    shapes: dict[str, dict[str, tuple[int, ...]]] = defaultdict(dict)
     for key, tensor in tensors.items():
         _check_values(key, tensor)
-        module, _, name = key.removeprefix(KEY_PREFIX).rpartition(".")
-        if name in parameter_names(table):
-            shapes[module][name] = tuple(tensor.shape)
-        elif any(part.startswith("comol_") for part in key.split(".")):
-            raise UserError(f"{key}: unknown adapter tensor; a module has {', '.join(parameter_names(table))}")
-    if not shapes:
+    modules, others = split_tensors(tensors, config)
+    for name in others:
+        if any(part.startswith("comol_") for part in name.split(".")):
+            raise UserError(
+                f"{KEY_PREFIX}{name}: unknown adapter tensor; a module has {', '.join(parameter_names(table))}"
+            )
+    if not modules:
         raise UserError("the adapter has no comol_ tensors")
-    for module, found in shapes.items():
+    for module, found in modules.items():
         try:
-            sizes = infer_sizes(table, found)
+            sizes = infer_sizes(table, {name: tuple(tensor.shape) for name, tensor in found.items()})
         except UserError as error:
             raise UserError(f"{module}: {error}") from error
         if (config.r, config.num_experts) != (sizes.R, sizes.E):
@@ -159,6 +158,24 @@ def verify_tensors(tensors: dict[str, torch.Tensor], config: CoMoLConfig) -> Non
             )
         if not check_target_module_exists(config, module):
             raise UserError(f"{module} has adapter tensors, but target_modules do not reach it")
+
+
+def split_tensors(
+    tensors: dict[str, torch.Tensor], config: CoMoLConfig
+) -> tuple[dict[str, dict[str, torch.Tensor]], dict[str, torch.Tensor]]:
+    """Folder keys, without their prefix: module path -> the method's tensors by name; and all others, which belong to
+    modules_to_save, by parameter path."""
+    names = parameter_names(comol_table(config.router))
+    modules: dict[str, dict[str, torch.Tensor]] = defaultdict(dict)
+    others = {}
+    for key, tensor in tensors.items():
+        path = key.removeprefix(KEY_PREFIX)
+        module, _, name = path.rpartition(".")
+        if name in names:
+            modules[module][name] = tensor
+        else:
+            others[path] = tensor
+    return dict(modules), others
 
 
 def _check_values(key: str, tensor: torch.Tensor) -> None:

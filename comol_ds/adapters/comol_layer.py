@@ -21,6 +21,7 @@ from comol_ds.adapters.table import AdapterParameter, AxisSizes, Table, paramete
 from comol_ds.errors import UserError
 
 ADAPTER = "default"  # PEFT's name for the adapter that get_peft_model attaches
+KEY_PREFIX = "base_model.model."  # PEFT's, before a module's path in the base
 
 NO_MERGE = (
     "CoMoL has no exact merge: its core sum_e p_e C_e differs from token to token, a merged weight does not; use the "
@@ -206,3 +207,19 @@ class CoMoLLinear(nn.Module, BaseTunerLayer):
 
     def __repr__(self) -> str:
         return "comol." + super().__repr__()
+
+
+def comol_layers(model: nn.Module, adapter_name: str = ADAPTER) -> dict[str, CoMoLLinear]:
+    """The layers that have this adapter, by their module path in the base model.
+
+    Raises:
+        UserError: there are none.
+    """
+    layers = {
+        name.removeprefix(KEY_PREFIX): layer
+        for name, layer in model.named_modules()
+        if isinstance(layer, CoMoLLinear) and adapter_name in layer.tables
+    }
+    if not layers:
+        raise UserError(f"the model has no CoMoL layer with an adapter named {adapter_name!r}")
+    return layers

@@ -14,8 +14,7 @@ import torch
 from peft import PeftModel
 from torch import nn
 
-from comol_ds.adapters.adapter_folder import KEY_PREFIX
-from comol_ds.adapters.comol_layer import ADAPTER, CoMoLLinear
+from comol_ds.adapters.comol_layer import ADAPTER, CoMoLLinear, comol_layers
 from comol_ds.errors import UserError
 
 Batch = Mapping[str, torch.Tensor]  # input_ids and attention_mask [B, T], 1 = a token, 0 = padding
@@ -89,22 +88,6 @@ def calibrate(
             f"the calibration data has {tokens} tokens, at least {wanted} are needed; give more --calibration data"
         )
     return Calibration(tokens, {name: module.finish() for name, module in sums.items()})
-
-
-def comol_layers(model: nn.Module, adapter_name: str = ADAPTER) -> dict[str, CoMoLLinear]:
-    """The layers that have this adapter, by their module path in the base model.
-
-    Raises:
-        UserError: there are none.
-    """
-    layers = {
-        name.removeprefix(KEY_PREFIX): layer
-        for name, layer in model.named_modules()
-        if isinstance(layer, CoMoLLinear) and adapter_name in layer.tables
-    }
-    if not layers:
-        raise UserError(f"the model has no CoMoL layer with an adapter named {adapter_name!r}")
-    return layers
 
 
 def run(model: nn.Module, batch: Batch, **options: Any) -> Any:

@@ -28,10 +28,8 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
-from comol_ds.adapters.adapter_folder import KEY_PREFIX, sync
-from comol_ds.adapters.comol_layer import comol_table
+from comol_ds.adapters.adapter_folder import split_tensors, sync
 from comol_ds.adapters.config import CoMoLConfig
-from comol_ds.adapters.table import parameter_names
 from comol_ds.errors import UserError, one_line
 from comol_ds.export.hf_exact_check import check_checkpoint
 from comol_ds.export.safetensors_file import PLAIN_FLOATS, WeightFiles, read_header, read_weight_files
@@ -182,27 +180,23 @@ def _refuse_quantized(base: Path, settings: dict[str, Any], files: WeightFiles) 
 
 
 def _split(tensors: dict[str, torch.Tensor], config: CoMoLConfig) -> _Adapter:
-    names = parameter_names(comol_table(config.router))
-    modules: dict[str, set[int]] = defaultdict(set)
-    saved, renamed = set(), {}
-    for key, tensor in tensors.items():
-        module, _, name = key.removeprefix(KEY_PREFIX).rpartition(".")
-        # Only the cores are a parameter of their own, the others are the weights of Linears.
-        stored = f"{module}.{name}" if name == "comol_cores" else f"{module}.{name}.weight"
-        if name in names:
-            match = _ADAPTED_MODULE.fullmatch(module)
-            if match is None:
-                raise UserError(
-                    f"{module} has an adapter and lies outside model.layers, which hf-exact does not support; use"
-                    " --format comol"
-                )
-            modules[match[2]].add(int(match[1]))
-        else:
-            saved.add(module)
-            stored = f"{_SAVED}{module}.{name}"
-        renamed[stored] = tensor.detach().cpu().contiguous()
+    adapted, others = split_tensors(tensors, config)
+    modules: dict[str, list[int]] = defaultdict(list)
+    named = {f"{_SAVED}{path}": tensor for path, tensor in others.items()}
+    for module, parameters in adapted.items():
+        match = _ADAPTED_MODULE.fullmatch(module)
+        if match is None:
+            raise UserError(
+                f"{module} has an adapter and lies outside model.layers, which hf-exact does not support; use"
+                " --format comol"
+            )
+        modules[match[2]].append(int(match[1]))
+        for name, tensor in parameters.items():
+            # Only the cores are a parameter of their own, the others are the weights of Linears.
+            named[f"{module}.{name}" if name == "comol_cores" else f"{module}.{name}.weight"] = tensor
     by_path = {path: sorted(layers) for path, layers in sorted(modules.items())}
-    return _Adapter(by_path, sorted(saved), renamed)
+    saved = sorted({path.rpartition(".")[0] for path in others})
+    return _Adapter(by_path, saved, {name: tensor.detach().cpu().contiguous() for name, tensor in named.items()})
 
 
 def _refuse_tied(base: Path, settings: dict[str, Any], adapter: _Adapter) -> None:

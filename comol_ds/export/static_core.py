@@ -19,11 +19,11 @@ from contextlib import contextmanager
 import torch
 from peft import PeftModel
 
-from comol_ds.adapters.adapter_folder import KEY_PREFIX
-from comol_ds.adapters.comol_layer import ADAPTER, CoMoLLinear
+from comol_ds.adapters.adapter_folder import KEY_PREFIX, split_tensors
+from comol_ds.adapters.comol_layer import ADAPTER, CoMoLLinear, comol_layers
 from comol_ds.adapters.config import CoMoLConfig
 from comol_ds.errors import UserError
-from comol_ds.export.core_sums import Calibration, CoreSums, LayerHooks, check_only_active, comol_layers, hooked
+from comol_ds.export.core_sums import Calibration, CoreSums, LayerHooks, check_only_active, hooked
 from comol_ds.export.static_lora import StaticLora
 
 # Times the mean eigenvalue of sum h^T h: about the square of what rounding h to bf16 adds (2^-9 / sqrt 3 = 1.1e-3), as
@@ -87,19 +87,17 @@ def static_lora(tensors: Mapping[str, torch.Tensor], config: CoMoLConfig, cores:
     Raises:
         UserError: the adapter holds whole trained modules beside its CoMoL tensors.
     """
-    foreign = [key for key in tensors if not key.rpartition(".")[2].startswith("comol_")]
-    if foreign:
+    modules, others = split_tensors(tensors, config)
+    if others:
+        first = KEY_PREFIX + next(iter(others))
         raise UserError(
-            f"the adapter also holds whole trained modules (modules_to_save), first {foreign[0]!r}, which a static LoRA"
+            f"the adapter also holds whole trained modules (modules_to_save), first {first!r}, which a static LoRA"
             " leaves out; export it with --format comol"
         )
-    assert {key.removeprefix(KEY_PREFIX).rpartition(".")[0] for key in tensors} == cores.keys()
+    assert modules.keys() == cores.keys()
     scaling = config.lora_alpha / config.r
-    down = {module: tensors[f"{KEY_PREFIX}{module}.comol_A"].float() for module in cores}
-    up = {
-        module: (scaling * tensors[f"{KEY_PREFIX}{module}.comol_B"].double() @ core.t()).float()
-        for module, core in cores.items()
-    }
+    down = {module: modules[module]["comol_A"].float() for module in cores}
+    up = {module: (scaling * modules[module]["comol_B"].double() @ core.t()).float() for module, core in cores.items()}
     return StaticLora(down, up, config.r)
 
 

@@ -16,14 +16,13 @@ folder holds a guard tensor: a vLLM without the plugin refuses the whole folder 
 
 import json
 import os
-from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import save_file
 
-from comol_ds.adapters.adapter_folder import CONFIG_FILE, KEY_PREFIX, TENSOR_FILE, verify_tensors
+from comol_ds.adapters.adapter_folder import CONFIG_FILE, KEY_PREFIX, TENSOR_FILE, split_tensors, verify_tensors
 from comol_ds.adapters.comol_layer import comol_table
 from comol_ds.adapters.config import CoMoLConfig
 from comol_ds.adapters.table import parameter_names
@@ -74,9 +73,10 @@ def expand_adapter(tensors: dict[str, torch.Tensor], config: CoMoLConfig) -> dic
     """
     verify_tensors(tensors, config)
     _check_rank(config)
-    modules, others = _by_module(tensors, config)
+    modules, others = split_tensors(tensors, config)
     _check_names(modules)
-    if whole := sorted({*others, *(config.modules_to_save or ())}):
+    saved = {path.rpartition(".")[0].rpartition(".")[2] for path in others}
+    if whole := sorted(saved.union(config.modules_to_save or ())):
         raise UserError(
             f"modules_to_save {', '.join(whole)}: a LoRA in vLLM holds no whole modules; use --format hf-exact"
         )
@@ -113,21 +113,6 @@ def _check_rank(config: CoMoLConfig) -> None:
             f"r={r} with num_experts={experts}: a LoRA of rank {experts * r} has no room for the {r} + {experts} rows "
             f"of the down-projection and the router; use {remedy}"
         )
-
-
-def _by_module(
-    tensors: dict[str, torch.Tensor], config: CoMoLConfig
-) -> tuple[dict[str, dict[str, torch.Tensor]], set[str]]:
-    """module path -> its tensors by name, and the names of modules with tensors of their own."""
-    modules: dict[str, dict[str, torch.Tensor]] = defaultdict(dict)
-    others = set()
-    for key, tensor in tensors.items():
-        module, _, name = key.removeprefix(KEY_PREFIX).rpartition(".")
-        if name in parameter_names(comol_table(config.router)):
-            modules[module][name] = tensor
-        else:
-            others.add(module.rpartition(".")[2])
-    return dict(modules), others
 
 
 def _check_names(modules: dict[str, Any]) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from comol_ds.adapters.comol_layer import ADAPTER, CoMoLLinear
+from comol_ds.adapters.comol_layer import ADAPTER, CoMoLLinear, comol_layers
 from comol_ds.adapters.router_losses import unit_cores
 from comol_ds.router_load.statistics import layer_statistics
 from comol_ds.router_load.sums import Sums
@@ -36,7 +36,7 @@ class RouterCounts:
         holds_slice: says of a layer whether this rank holds a slice of its output only.
 
     Raises:
-        ValueError: the model has no layer with such an adapter.
+        UserError: the model has no layer with such an adapter.
     """
 
     def __init__(
@@ -52,13 +52,7 @@ class RouterCounts:
         self._adapter = adapter_name
         self._replicated = counts_replicated
         self._holds_slice = holds_slice
-        self._layers = {
-            name.removeprefix("base_model.model."): layer
-            for name, layer in model.named_modules()
-            if isinstance(layer, CoMoLLinear) and adapter_name in layer.tables
-        }
-        if not self._layers:
-            raise ValueError(f"the model has no CoMoL layer with an adapter named {adapter_name!r}")
+        self._layers = comol_layers(model, adapter_name)
         self._splits: dict[str, Sums] = {}
         self._into: Sums | None = None
         self._detail = False

@@ -8,7 +8,7 @@ from typing import Any
 
 from peft import PeftModel
 
-from comol_ds.adapters.adapter_folder import KEY_PREFIX
+from comol_ds.adapters.adapter_folder import KEY_PREFIX, split_tensors
 from comol_ds.export.core_sums import calibrate
 from comol_ds.export.dense_merge import MergeReport, merge_into_base
 from comol_ds.export.fidelity import BASE, WRITTEN, Fidelity
@@ -29,7 +29,7 @@ from comol_ds.export.static_core import CORES, Cores, residuals, static_lora
 from comol_ds.export.static_lora import StaticLora
 from comol_ds.export.validate import validate_folder
 from comol_ds.serving.calibration_data import TokenSet, calibration_and_test
-from comol_ds.serving.inference import load_base, load_for_inference, load_tokenizer
+from comol_ds.serving.inference import load_adapted, load_base, load_tokenizer
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ def _calibrate(source: AdapterSource, options: Approximation) -> tuple[PeftModel
     calibration, held_out = calibration_and_test(
         source, load_tokenizer(source), options.calibration, options.max_records, options.batch_size
     )
-    model, _ = load_for_inference(source.folder, source.base, options.dtype)
+    model = load_adapted(source, options.dtype)
     sums = calibrate(model, calibration.batches())
     cores = {kind: compute(sums) for kind, compute in CORES.items()}
     judged = calibrate(model, held_out.batches())
@@ -110,8 +110,8 @@ def _calibrate(source: AdapterSource, options: Approximation) -> tuple[PeftModel
 
 
 def _merge(source: AdapterSource, cores: Cores, folder: Path, options: Approximation) -> MergeReport:
-    adapter = {key: value for key, value in source.tensors.items() if key.rpartition(".")[2].startswith("comol_")}
-    whole = {key.removeprefix(KEY_PREFIX): value for key, value in source.tensors.items() if key not in adapter}
+    _, whole = split_tensors(source.tensors, source.config)
+    adapter = {key: value for key, value in source.tensors.items() if key.removeprefix(KEY_PREFIX) not in whole}
     static: StaticLora = static_lora(adapter, source.config, cores)
     return merge_into_base(
         base_folder(source.base), static, folder, allow_rounding_loss=options.allow_rounding_loss, replacements=whole

@@ -35,8 +35,12 @@ def load_for_inference(
         UserError: there is no such adapter or base.
     """
     source = find_adapter(checkpoint, base)
-    model = PeftModel.from_pretrained(load_base(source.base, dtype, **model_options), source.folder)
-    return model.eval(), load_tokenizer(source)
+    return load_adapted(source, dtype, **model_options), load_tokenizer(source)
+
+
+def load_adapted(source: AdapterSource, dtype: torch.dtype | str = "auto", **model_options: Any) -> PeftModel:
+    """The adapter on its base, in evaluation mode; arguments and errors as of `load_for_inference`."""
+    return PeftModel.from_pretrained(load_base(source.base, dtype, **model_options), source.folder).eval()
 
 
 def load_base(base: str, dtype: torch.dtype | str = "auto", **model_options: Any) -> PreTrainedModel:

@@ -10,8 +10,7 @@ from peft.utils import get_peft_model_state_dict
 from transformers import AutoModelForCausalLM
 
 from comol_ds import CoMoLConfig
-from comol_ds.adapters.comol_layer import CoMoLLinear
-from comol_ds.export.core_sums import comol_layers
+from comol_ds.adapters.comol_layer import CoMoLLinear, comol_layers
 from tests.tiny_models import FAMILIES, make_adapter_act, random_batch
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "down_proj"]

@@ -9,9 +9,10 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from comol_ds.adapters.adapter_folder import read_adapter
+from comol_ds.adapters.comol_layer import comol_layers
 from comol_ds.errors import UserError
 from comol_ds.export import logit_scores
-from comol_ds.export.core_sums import calibrate, comol_layers
+from comol_ds.export.core_sums import calibrate
 from comol_ds.export.fidelity import Fidelity
 from comol_ds.export.logit_scores import (
     Score,

@@ -7,8 +7,9 @@ import weakref
 import pytest
 import torch
 
+from comol_ds.adapters.comol_layer import comol_layers
 from comol_ds.errors import UserError
-from comol_ds.export.core_sums import calibrate, comol_layers
+from comol_ds.export.core_sums import calibrate
 from comol_ds.export.static_core import (
     CORES,
     constant_cores,
