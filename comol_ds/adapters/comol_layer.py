@@ -58,6 +58,7 @@ class CoMoLLinear(nn.Module, BaseTunerLayer):
         core_output: parameterless module whose output is s * h M [..., R]; hook it to measure the update.
         partial_sums: seam before routing, for a row-parallel base.
         input_dropout: seam for dropout on x, for a row-parallel base.
+        shared_down: seam for layers that read one x: (layer, x, adapter's name) -> x times each of `input_weights`.
         tables: adapter name -> its parameter table.
     """
 
@@ -85,6 +86,7 @@ class CoMoLLinear(nn.Module, BaseTunerLayer):
         self.core_output = CoreOutput()
         self.partial_sums = PartialSums()
         self.input_dropout = InputDropout()
+        self.shared_down: Callable[[CoMoLLinear, torch.Tensor, str], list[torch.Tensor]] | None = None
         self.r: dict[str, int] = {}
         self.num_experts: dict[str, int] = {}
         self.scaling: dict[str, float] = {}
@@ -173,13 +175,22 @@ class CoMoLLinear(nn.Module, BaseTunerLayer):
         """The adapter path alone, unsharded: x [..., I] -> s * (h sum_e p_e C_e) B^T, [..., O]."""
         return self._up(*self._down(x, adapter_name), adapter_name)
 
+    def input_weights(self, adapter_name: str) -> list[nn.Parameter]:
+        """What multiplies x: A [R, I], and the router [E, I] if it reads x."""
+        routes_on_x = self.router[adapter_name] == "input"
+        return [self.comol_A[adapter_name], *([self.comol_router[adapter_name]] if routes_on_x else [])]
+
     def _down(self, x: torch.Tensor, adapter_name: str) -> Routed:
         """x [..., I] -> h [..., R], and the logits [..., E] if they are formed from x."""
-        down = self.comol_A[adapter_name]
-        x = self._cast_input_dtype(x, down.dtype)
-        h = F.linear(self.input_dropout(x, self.dropout[adapter_name]), down)
-        routes_on_x = self.router[adapter_name] == "input"
-        return h, F.linear(x, self.comol_router[adapter_name]) if routes_on_x else None
+        drops = self.training and isinstance(self.dropout[adapter_name], nn.Dropout)
+        if self.shared_down is None or drops or torch.compiler.is_compiling():
+            down, *router = self.input_weights(adapter_name)
+            x = self._cast_input_dtype(x, down.dtype)
+            h = F.linear(self.input_dropout(x, self.dropout[adapter_name]), down)
+            logits = [F.linear(x, weight) for weight in router]
+        else:
+            h, *logits = self.shared_down(self, x, adapter_name)
+        return h, logits[0] if logits else None
 
     def _up(self, h: torch.Tensor, logits: torch.Tensor | None, adapter_name: str) -> torch.Tensor:
         """Whole h [..., R] and logits [..., E] -> s * (h sum_e p_e C_e) B^T, [..., O]."""

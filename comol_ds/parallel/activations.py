@@ -87,11 +87,15 @@ def prepare_activations(model: PeftModel, settings: ModelSettings, mesh: Mesh, l
             _run_through(_kept_in(memory), layer)
     if every or leaf_layers:
         base.enable_input_require_grads()
-    if leaf_layers:
-        names = set(base._no_split_modules or [])
-        layers = {type(module) for module in base.modules() if type(module).__name__ in names}
-        if layers:
-            deepspeed.utils.set_z3_leaf_modules(model, list(layers))
+    layers = leaf_layer_types(base)
+    if leaf_layers and layers:
+        deepspeed.utils.set_z3_leaf_modules(model, layers)
+
+
+def leaf_layer_types(base: PreTrainedModel) -> list[type[nn.Module]]:
+    """The decoder layers' classes: ZeRO-3 gathers all parameters of such a layer at once, `prepare_activations`."""
+    names = set(base._no_split_modules or [])
+    return list({type(module) for module in base.modules() if type(module).__name__ in names})
 
 
 class HostMemory(saved_tensors_hooks):

@@ -17,12 +17,13 @@ from transformers.initialization import no_init_weights
 from transformers.integrations import HfDeepSpeedConfig, is_deepspeed_zero3_enabled
 
 from comol_ds.adapters.config import CoMoLConfig
+from comol_ds.adapters.shared_down import share_down_projections
 from comol_ds.adapters.table import BaseKind
 from comol_ds.config import AdapterSettings, ModelSettings, OptimizerSettings, RunConfig
 from comol_ds.ds_config import zero_stage
 from comol_ds.errors import UserError, one_line
 from comol_ds.parallel import groups
-from comol_ds.parallel.activations import prepare_activations
+from comol_ds.parallel.activations import leaf_layer_types, prepare_activations
 from comol_ds.parallel.gradients import Gradients
 from comol_ds.parallel.loading import load_weights
 from comol_ds.parallel.mesh import Mesh
@@ -33,8 +34,9 @@ from comol_ds.parallel.start_adapter import load_start_adapter
 from comol_ds.parallel.tensor_parallel import draw_adapters, parallelize
 from comol_ds.parallel.tp_plan import place_linears
 from comol_ds.parallel.vocabulary import Vocabulary
-from comol_ds.parallel.weight_files import StoredTensor, WeightFiles
+from comol_ds.parallel.weight_files import WeightFiles
 from comol_ds.parallel.weight_names import find_weights
+from comol_ds.tensor_files import StoredTensor
 
 
 @dataclass
@@ -135,6 +137,8 @@ def give_ranks_their_part(
 ) -> Vocabulary:
     """Shard a model that stands on meta, if it is placed, and draw this rank's part of the adapter.
 
+    Adapters of a decoder layer that read the same tensor do so in one product, see `share_down_projections`.
+
     Args:
         model: adapted; changed in place.
         placement: see `place_linears`; None where nothing is sharded.
@@ -154,7 +158,13 @@ def give_ranks_their_part(
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.data = parameter.data.to(torch.bfloat16)
-    vocabulary.watch_head(model.get_base_model().get_output_embeddings())
+    base = model.get_base_model()
+    vocabulary.watch_head(base.get_output_embeddings())
+    # only inside what ZeRO-3 gathers at once: a sibling reads the parameters of the others
+    whole_layers = tuple(leaf_layer_types(base))
+    for layer in base.modules():
+        if isinstance(layer, whole_layers):
+            share_down_projections(layer)
     return vocabulary
 
 

@@ -39,3 +39,8 @@ def test_adapters_ride_in_their_layers_gather(report):
     assert [step["reduce_scatter_tensor"] for step in report["steps"]] == [1] * 3
     # number of tokens before the step, loss before the update, gradient norm
     assert [step["all_reduce"] for step in report["steps"]] == [3] * 3
+
+
+def test_siblings_read_their_input_once_although_their_parameters_are_partitioned(report):
+    """q, k, v and gate, up of every layer: a leaf module's parameters are gathered before the first of them runs."""
+    assert [step["shared_reads"] for step in report["steps"]] == [2 * FAMILIES["llama"].num_hidden_layers] * 3

@@ -7,6 +7,7 @@ import json
 import sys
 from contextlib import contextmanager
 from pathlib import Path
+from unittest.mock import patch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
@@ -14,6 +15,7 @@ from comol_ds.benchmark.recorded_calls import CALLS, COLLECTIVES, record_collect
 
 record_collectives()
 
+from comol_ds.adapters.shared_down import SharedDown
 from comol_ds.parallel import groups
 from comol_ds.parallel.assemble import assemble, build_model
 from comol_ds.training.router_load import RouterLoad
@@ -50,9 +52,9 @@ def main() -> None:
     assembled.engine.train()
     steps = []
     for step in range(3):
-        with counted() as calls:
+        with counted() as calls, patch.object(SharedDown, "_read", autospec=True, side_effect=SharedDown._read) as read:
             run_steps(assembled, case, RouterLoad(assembled.engine.module), range(step, step + 1))
-        steps.append(calls)
+        steps.append(calls | {"shared_reads": read.call_count})
     if world.rank == 0:
         report = {"held_after_build": shares, "building": building, "steps": steps}
         (Path(output) / "report.json").write_text(json.dumps(report))
