@@ -7,6 +7,9 @@ Examples: python launch/benchmark.py layer --json layer.json
           python launch/benchmark.py geometry --layers 2 --ranks 2 --json geometry.json
           python launch/benchmark.py router-load --json router_load.json
           python launch/benchmark.py merge --rounds 5 --json merge.json
+          python launch/benchmark.py gpu --json gpu.json
+
+Exit codes: 0 measured; 2 bad input, on one line.
 """
 
 import argparse
@@ -20,14 +23,17 @@ from pathlib import Path
 
 import torch
 
-from comol_ds.benchmark import layer_profile, load
+from comol_ds.benchmark import gpu_rates, layer_profile, load, siblings
 from comol_ds.benchmark.contenders import CONTENDERS, DTYPES, LayerCase
 from comol_ds.benchmark.figures import machine
 from comol_ds.benchmark.layer import measure_layer, table
+from comol_ds.errors import UserError
+
+EXIT_BAD_INPUT = 2
 
 # DeepSpeed's seconds of importing are not worth a help text
 LAYOUTS = ("zero3-1", "zero3-2", "tp2")
-STEP_CONTENDERS = ("comol", "lora", "molora", "frozen")
+STEP_CONTENDERS = ("comol", "lora", "molora", "hydralora", "frozen")
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -43,7 +49,11 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
     _, run, _ = SUITES[options.suite]
-    report = run(options)
+    try:
+        report = run(options)
+    except UserError as error:
+        print(f"benchmark.py: error: {error}", file=sys.stderr)
+        return EXIT_BAD_INPUT
     if options.json:
         options.json.write_text(json.dumps(report, indent=2) + "\n")
     return 0
@@ -63,6 +73,15 @@ def layer_flags(suite: argparse.ArgumentParser) -> None:
     suite.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
 
 
+def siblings_flags(suite: argparse.ArgumentParser) -> None:
+    suite.add_argument("--tokens", type=int, default=512, help="N")
+    suite.add_argument("--r", type=int, nargs="+", default=[16, 64], help="ranks")
+    suite.add_argument("--num_experts", type=int, nargs="+", default=[8, 32])
+    suite.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES), metavar="DTYPE")
+    suite.add_argument("--rounds", type=int, default=15, help="timed turns of every contender, after 3 for warming up")
+    suite.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+
+
 def step_flags(suite: argparse.ArgumentParser) -> None:
     suite.add_argument("--geometries", nargs="+", choices=("tiny", "70b"), default=["tiny", "70b"], metavar="NAME")
     suite.add_argument("--layouts", nargs="+", choices=LAYOUTS, default=list(LAYOUTS), metavar="NAME")
@@ -76,8 +95,8 @@ def step_flags(suite: argparse.ArgumentParser) -> None:
     suite.add_argument("--hidden", type=int, help="hidden size; default: the geometry's, as for the next two")
     suite.add_argument("--layers", type=int, help="decoder layers")
     suite.add_argument("--tokens", type=int, help="of a data-parallel rank and step")
-    suite.add_argument("--r", type=int, default=16, help="rank")
-    suite.add_argument("--num_experts", type=int, default=8)
+    suite.add_argument("--r", type=int, nargs="+", default=[16], help="ranks")
+    suite.add_argument("--num_experts", type=int, nargs="+", default=[8])
     suite.add_argument("--rounds", type=int, default=5, help="timed steps of every contender, after 1 for warming up")
 
 
@@ -118,6 +137,16 @@ def merge_flags(suite: argparse.ArgumentParser) -> None:
     suite.add_argument("--folder", type=Path, help="an existing folder on the disk to measure; default: temporary")
 
 
+def gpu_flags(suite: argparse.ArgumentParser) -> None:
+    suite.add_argument(
+        "--layers", type=int, choices=range(1, 81), metavar="L", help="of the 70B model; default: the most that fit"
+    )
+    suite.add_argument("--tokens", type=int, default=2048, help="of a row; the 70B model's steps have 1, the others 4")
+    suite.add_argument("--ratio_layers", type=int, default=4, help="of each model in the comparison with LoRA")
+    suite.add_argument("--peak_tflops", type=float, help="the GPU's in dense bf16; default: its data sheet's, if known")
+    suite.add_argument("--rounds", type=int, default=10, help="timed turns of every contender")
+
+
 def run_layer(options: argparse.Namespace) -> dict:
     report = {"machine": machine(options.device), "results": []}
     print(", ".join(f"{key} {value}" for key, value in report["machine"].items()))
@@ -135,14 +164,33 @@ def run_layer(options: argparse.Namespace) -> dict:
     return report
 
 
+def run_siblings(options: argparse.Namespace) -> dict:
+    results = []
+    cases = itertools.product(siblings.SIBLINGS, options.dtypes, options.r, options.num_experts)
+    for names, dtype, r, num_experts in cases:
+        case = siblings.SiblingsCase(
+            names,
+            tuple(siblings.OUT_FEATURES[name] for name in names),
+            tokens=options.tokens,
+            r=r,
+            num_experts=num_experts,
+            dtype=dtype,
+            device=options.device,
+        )
+        results.append(siblings.measure_siblings(case, options.rounds))
+        print(siblings.table(results[-1]), flush=True)
+    return {"machine": machine(options.device), "results": results}
+
+
 def run_step(options: argparse.Namespace) -> dict:
     from comol_ds.benchmark import step  # and with it DeepSpeed, which the other suites need not wait for
 
-    asked = {name: getattr(options, name) for name in ("hidden", "layers", "tokens", "r", "num_experts")}
+    asked = {name: getattr(options, name) for name in ("hidden", "layers", "tokens")}
     asked = {name: value for name, value in asked.items() if value is not None}
     results = []
-    for geometry, layout in itertools.product(options.geometries, options.layouts):
-        case = replace(step.GEOMETRIES[geometry], **asked)
+    cases = itertools.product(options.geometries, options.layouts, options.r, options.num_experts)
+    for geometry, layout, r, num_experts in cases:
+        case = replace(step.GEOMETRIES[geometry], r=r, num_experts=num_experts, **asked)
         is_long = (geometry, layout) == ("70b", "zero3-2")
         names = options.contenders or (STEP_CONTENDERS[:2] if is_long else STEP_CONTENDERS)
         with tempfile.TemporaryDirectory() as folder:
@@ -197,6 +245,15 @@ def run_merge(options: argparse.Namespace) -> dict:
         return report_on(merge.measure_merge(case, options.rounds), merge.table)
 
 
+def run_gpu(options: argparse.Namespace) -> dict:
+    gpu_rates.check_cuda()  # before DeepSpeed, which says on import what it found
+    from comol_ds.benchmark import gpu
+
+    sizes = (options.layers, options.tokens, options.ratio_layers, options.rounds, options.peak_tflops)
+    with tempfile.TemporaryDirectory() as folder:
+        return report_of([gpu.measure_gpu(gpu.GpuCase(Path(folder), *sizes))])
+
+
 def report_on(result: dict, table: Callable[[dict], str]) -> dict:
     """Print a suite's one result; what --json writes of it."""
     print(table(result), flush=True)
@@ -214,6 +271,11 @@ SUITES: dict[str, tuple[Callable[[argparse.ArgumentParser], None], Callable[[arg
         layer_flags,
         run_layer,
         "one adapted Linear: adapter path's time, FLOPs and memory, for CoMoL, LoRA and other mixtures",
+    ),
+    "siblings": (
+        siblings_flags,
+        run_siblings,
+        "adapter paths of q, k, v and of gate, up: one product with all A, one for each, and LoRA",
     ),
     "step": (
         step_flags,
@@ -244,6 +306,11 @@ SUITES: dict[str, tuple[Callable[[argparse.ArgumentParser], None], Callable[[arg
         merge_flags,
         run_merge,
         "a static LoRA merged into a checkpoint: speed beside copying its files, memory, and all bits",
+    ),
+    "gpu": (
+        gpu_flags,
+        run_gpu,
+        "one CUDA GPU: kernels beside its bandwidth and cuBLAS, steps beside LoRA, and as much of a 70B as fits",
     ),
 }
 

@@ -91,20 +91,26 @@ class MixtureOfLoras(nn.Module):
 class MixtureOfLorasLinear(nn.Module):
     """A frozen Linear with a MixtureOfLoras beside it: x [..., I] -> [..., O]."""
 
-    def __init__(self, base_layer: nn.Linear, r: int, num_experts: int) -> None:
+    def __init__(self, base_layer: nn.Linear, r: int, num_experts: int, shared_down: bool) -> None:
         super().__init__()
         self.base_layer = base_layer
         sizes = (base_layer.in_features, base_layer.out_features)
-        self.update = MixtureOfLoras(*sizes, r, num_experts, device=base_layer.weight.device)
+        self.update = MixtureOfLoras(*sizes, r, num_experts, shared_down, base_layer.weight.device)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.base_layer(x) + self.update(x)
 
 
-def comol_contender(case: LayerCase) -> Contender:
-    layer = CoMoLLinear(_base(case))
+def comol_layer(case: LayerCase) -> CoMoLLinear:
+    """This package's layer, with an adapter called default."""
+    layer = CoMoLLinear(_base(case).requires_grad_(False))
     layer.add_adapter("default", r=case.r, lora_alpha=case.r, num_experts=case.num_experts, init_adapter_weights=False)
     layer.to(DTYPES[case.dtype]).set_adapter("default")
+    return layer
+
+
+def comol_contender(case: LayerCase) -> Contender:
+    layer = comol_layer(case)
     parameters = [getattr(layer, name)["default"] for name in layer.adapter_layer_names]
     return Contender("comol", lambda x: layer.update(x, "default"), parameters)
 

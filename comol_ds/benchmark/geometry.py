@@ -6,6 +6,7 @@ is one row; ZeRO-3 trains one row per rank and step, tensor parallelism one in a
 
 import json
 import statistics
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -37,6 +38,7 @@ class GeometryCase:
     ranks: int = 2
     steps: int = 3
     tokens: int = 64
+    checkpointing: str = "none"
 
 
 def measure_geometry(case: GeometryCase) -> dict[str, Any]:
@@ -50,19 +52,49 @@ def measure_geometry(case: GeometryCase) -> dict[str, Any]:
     Raises:
         RuntimeError, subprocess.TimeoutExpired: as `run_ranks` does.
     """
-    quiet_libraries()
-    (case.folder / "config.json").write_text(json.dumps(LLAMA_3_1_70B | {"num_hidden_layers": case.layers}))
-    _write_records(case)
     layouts = {"zero3": 1} | ({f"tp{case.ranks}": case.ranks} if case.ranks > 1 else {})
     runs = {}
     for name, tensor_parallel in layouts.items():
-        words = _flags(case, name, tensor_parallel)
-        plan = _plan(words, case.ranks)
-        runs[name] = _train(case, name, words) | {"planned_peak_bytes": plan.peak}
+        plan = plan_layout(case, name, tensor_parallel)
+        runs[name] = train_layout(case, name, tensor_parallel) | {"planned_peak_bytes": plan.peak}
     return {
         "case": asdict(case) | {"folder": str(case.folder), "parameters": plan.everything - plan.trainable},
         "memory": "resident memory of the process" if device().type == "cpu" else "allocated device memory",
         "layouts": runs,
+    }
+
+
+def plan_layout(case: GeometryCase, layout: str = "zero3", tensor_parallel: int = 1) -> Plan:
+    """The planner's word on a layout. Writes the model's configuration, which the run reads too."""
+    quiet_libraries()
+    (case.folder / "config.json").write_text(json.dumps(LLAMA_3_1_70B | {"num_hidden_layers": case.layers}))
+    config = parse_run_config(_flags(case, layout, tensor_parallel))
+    return Planner().plan(resolve(config, load_ds_json(config.run.ds_config), case.ranks, nodes=1))
+
+
+def train_layout(
+    case: GeometryCase, layout: str = "zero3", tensor_parallel: int = 1, environment: Mapping[str, str] | None = None
+) -> dict[str, Any]:
+    """What metrics.jsonl says of a run, which `plan_layout` has planned, in fresh processes.
+
+    Args:
+        environment: of these processes, besides what they inherit.
+
+    Raises:
+        RuntimeError, subprocess.TimeoutExpired: as `run_ranks` does.
+    """
+    _write_records(case)
+    words = [str(REPOSITORY / "launch" / "train.py"), *_flags(case, layout, tensor_parallel)]
+    cache = {"HF_DATASETS_CACHE": str(case.folder / "datasets_cache")}
+    run_ranks(case.ranks, words, layout, _LIMIT_SECONDS, cache | dict(environment or {}))
+    lines = [json.loads(line) for line in (case.folder / layout / "metrics.jsonl").read_text().splitlines()]
+    ends = [0.0, *(line["seconds"] for line in lines)]
+    seconds = [end - start for start, end in pairwise(ends)]
+    return {
+        "seconds": seconds,
+        "median_seconds": statistics.median(seconds),
+        "tokens_per_step": lines[-1]["tokens"],
+        "peak_bytes": lines[-1]["memory_per_rank"],
     }
 
 
@@ -98,27 +130,7 @@ def _flags(case: GeometryCase, layout: str, tensor_parallel: int) -> list[str]:
         "eval_dataset": case.folder / "records.jsonl", "max_eval_records": case.ranks, "max_generate_records": 0,
         "per_device_eval_batch_size": 1, "per_device_train_batch_size": 1, "max_length": case.tokens,
         "train_on_prompt": "true", "max_steps": case.steps, "logging_steps": 1, "report_to": "none",
-        "r": 16, "num_experts": 8, "output_dir": case.folder / layout,
+        "activation_checkpointing": case.checkpointing, "r": 16, "num_experts": 8, "output_dir": case.folder / layout,
     }  # fmt: skip
     targets = ["--target_modules", *(f"{name}_proj" for name in ("q", "k", "v", "o", "up", "down"))]
     return [str(word) for name, value in flags.items() for word in (f"--{name}", value)] + targets
-
-
-def _plan(words: list[str], ranks: int) -> Plan:
-    config = parse_run_config(words)
-    return Planner().plan(resolve(config, load_ds_json(config.run.ds_config), ranks, nodes=1))
-
-
-def _train(case: GeometryCase, layout: str, words: list[str]) -> dict[str, Any]:
-    """What metrics.jsonl says of a run in fresh processes."""
-    cache = {"HF_DATASETS_CACHE": str(case.folder / "datasets_cache")}
-    run_ranks(case.ranks, [str(REPOSITORY / "launch" / "train.py"), *words], layout, _LIMIT_SECONDS, cache)
-    lines = [json.loads(line) for line in (case.folder / layout / "metrics.jsonl").read_text().splitlines()]
-    ends = [0.0, *(line["seconds"] for line in lines)]
-    seconds = [end - start for start, end in pairwise(ends)]
-    return {
-        "seconds": seconds,
-        "median_seconds": statistics.median(seconds),
-        "tokens_per_step": lines[-1]["tokens"],
-        "peak_bytes": lines[-1]["memory_per_rank"],
-    }

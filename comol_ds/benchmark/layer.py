@@ -57,7 +57,7 @@ def measure_layer(
         name = contender.name
         if used[name] > seconds and (not timed or len(times[name]) >= FEWEST_ROUNDS):
             continue
-        elapsed = _forward_backward(contender, x, upstream)
+        elapsed = forward_backward(contender, x, upstream)
         used[name] += elapsed
         if timed:
             times[name].append(elapsed)
@@ -108,7 +108,7 @@ def _count(contender: Contender, x: torch.Tensor, upstream: torch.Tensor) -> dic
     if x.device.type == "cuda":
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
-        _forward_backward(contender, x, upstream)
+        forward_backward(contender, x, upstream)
         peak = torch.cuda.max_memory_allocated() - before
     return {
         "saved_bytes_per_token": kept / len(x),
@@ -117,7 +117,8 @@ def _count(contender: Contender, x: torch.Tensor, upstream: torch.Tensor) -> dic
     }
 
 
-def _forward_backward(contender: Contender, x: torch.Tensor, upstream: torch.Tensor) -> float:
+def forward_backward(contender: Contender, x: torch.Tensor, upstream: torch.Tensor) -> float:
+    """Seconds of one pass, with the gradients of x and of all that the contender trains."""
     _synchronize(x.device)
     start = time.perf_counter()
     torch.autograd.grad(contender.function(x), [x, *contender.parameters], upstream)

@@ -1,14 +1,16 @@
 """The contenders of whole training steps: the same random Llama, assembled as launch/train.py does, adapted or not.
 
-    comol    this package's adapter
-    lora     PEFT's LoRA, same rank and targets
-    molora   E LoRAs and a router on x beside every target (`contenders.MixtureOfLoras`)
-    frozen   no adapter; the first norm's weight trains, so that backward runs through all layers: the floor
+    comol      this package's adapter
+    lora       PEFT's LoRA, same rank and targets
+    molora     E LoRAs and a router on x beside every target (`contenders.MixtureOfLoras`)
+    hydralora  as molora with one A for all experts
+    frozen     no adapter; the first norm's weight trains, so that backward runs through all layers: the floor
 
 DeepSpeed, optimizer and loss are the same for all. Router statistics are off; what they cost is another suite.
 """
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -66,13 +68,15 @@ def attach_lora(model: PreTrainedModel, settings: AdapterSettings, seed: int) ->
     return get_peft_model(model, config, low_cpu_mem_usage=True)
 
 
-def attach_molora(model: PreTrainedModel, settings: AdapterSettings, seed: int) -> PeftModel:
-    """MoLoRA in the places of LoRA."""
+def attach_mixture(
+    model: PreTrainedModel, settings: AdapterSettings, seed: int, shared_down: bool = False
+) -> PeftModel:
+    """MoLoRA, or with one A for all experts HydraLoRA, in the places of LoRA."""
     adapted = attach_lora(model, settings, seed)
-    base = adapted.get_base_model()
+    base, sizes = adapted.get_base_model(), (settings.r, settings.num_experts, shared_down)
     for name, layer in list(base.named_modules()):
         if isinstance(layer, LoraLinear):
-            base.set_submodule(name, MixtureOfLorasLinear(layer.base_layer, settings.r, settings.num_experts))
+            base.set_submodule(name, MixtureOfLorasLinear(layer.base_layer, *sizes))
     return adapted
 
 
@@ -85,7 +89,8 @@ def attach_nothing(model: PreTrainedModel, settings: AdapterSettings, seed: int)
 ATTACH: dict[str, Attach] = {
     "comol": attach_adapter,
     "lora": attach_lora,
-    "molora": attach_molora,
+    "molora": attach_mixture,
+    "hydralora": partial(attach_mixture, shared_down=True),
     "frozen": attach_nothing,
 }
 
@@ -119,12 +124,17 @@ class Trained:
         train_step(self.assembled, [self._batch], self._load, device(), 1)
 
 
-def write_model(case: ModelCase, folder: Path) -> None:
-    """The configuration that `Trained` reads."""
-    LlamaConfig(
+def model_config(case: ModelCase) -> LlamaConfig:
+    """The case's model."""
+    return LlamaConfig(
         vocab_size=VOCABULARY, hidden_size=case.hidden, intermediate_size=case.intermediate,
         num_attention_heads=case.heads, num_key_value_heads=case.key_value_heads, num_hidden_layers=case.layers,
-    ).save_pretrained(folder)  # fmt: skip
+    )  # fmt: skip
+
+
+def write_model(case: ModelCase, folder: Path) -> None:
+    """The configuration that `Trained` reads."""
+    model_config(case).save_pretrained(folder)
 
 
 def _settings(case: ModelCase, model: Path, tensor_parallel: int, data_parallel: int) -> tuple[RunConfig, dict]:

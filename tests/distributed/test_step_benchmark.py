@@ -38,7 +38,7 @@ def test_the_flags_offer_every_layout_and_contender():
 
 @pytest.mark.parametrize(
     ("layout", "contenders", "reference"),
-    [("zero3-1", ["comol", "lora", "molora", "frozen"], "lora"), ("tp2", ["comol", "frozen"], "frozen")],
+    [("zero3-1", ["comol", "lora", "molora", "hydralora", "frozen"], "lora"), ("tp2", ["comol", "frozen"], "frozen")],
 )
 def test_contenders_of_a_layout_take_their_turns(run_suite, layout, contenders, reference):
     (result,), said = run_suite("step", *SMALL, "--geometries", "tiny", "--layouts", layout, "--rounds", "2")
