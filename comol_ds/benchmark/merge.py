@@ -21,7 +21,8 @@ from safetensors.torch import load_file, save_file
 from comol_ds.benchmark.figures import in_turns, median_ratio, spread
 from comol_ds.benchmark.load import write_checkpoint
 from comol_ds.benchmark.processes import REPOSITORY
-from comol_ds.export.safetensors_file import StoredTensor, read_weight_files
+from comol_ds.export.source import weights_in
+from comol_ds.tensor_files import StoredTensor
 
 CACHES = ("warm", "cold")
 CONTENDERS = ("copy", "merge")
@@ -58,7 +59,7 @@ def measure_merge(case: MergeCase, rounds: int) -> dict:
         of the largest tensor; differing: tensors that are not bit for bit what a merge in memory makes of them.
     """
     size = write_checkpoint(case.base, int(case.gigabytes * 2**30))
-    tensors = read_weight_files(case.base).by_name
+    tensors = weights_in(case.base).by_name
     save_file(_random_lora(tensors, case.rank), case.lora)
     runs: dict[tuple[str, str], list[dict]] = {(cache, name): [] for cache in CACHES for name in CONTENDERS}
     for key, _ in in_turns(list(runs), rounds):
@@ -98,8 +99,8 @@ def table(result: dict) -> str:
 
 def differing_tensors(case: MergeCase) -> list[str]:
     """Tensors of the merged checkpoint whose bits are not those of one whole fp32 product, one sum and one cast."""
-    lora, merged, different = load_file(case.lora), read_weight_files(case.output("merge")), []
-    for file, tensors in merged.tensors.items():
+    lora, merged, different = load_file(case.lora), weights_in(case.output("merge")), []
+    for file, tensors in merged.by_file.items():
         with safe_open(case.base / file.name, "pt") as before, safe_open(file, "pt") as after:
             for tensor in tensors:
                 expected, module = before.get_tensor(tensor.name), tensor.name.removesuffix(".weight")

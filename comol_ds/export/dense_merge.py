@@ -94,7 +94,7 @@ def merge_into_base(
     base = Path(base_folder).resolve()
     plan = plan_merge(base, static, replacements or {})
     others, left_out = _other_files(base, plan)
-    size = sum(file.stat().st_size for file in plan.files.tensors)
+    size = sum(file.stat().st_size for file in plan.files.by_file)
     needed = size + sum(file.stat().st_size for file in others)
     losses: dict[str, RoundingLoss] = {}
     with staged_folder(Path(output_dir), overwrite, needed, sources=[base]) as staging:
@@ -104,7 +104,7 @@ def merge_into_base(
             shutil.copyfile(file, copy)
             sync(copy)
         with tqdm(desc="merging", total=size, unit="B", unit_scale=True, unit_divisor=1024, disable=None) as bar:
-            for file in plan.files.tensors:
+            for file in plan.files.by_file:
                 merged = write_merged_file(file, staging / file.name, _changes(plan, file, static), bar.update)
                 if not allow_rounding_loss:
                     _refuse_loss(merged)
@@ -115,7 +115,7 @@ def merge_into_base(
 
 def _changes(plan: MergePlan, file: Path, static: StaticLora) -> list[Update | Replacement]:
     changes: list[Update | Replacement] = []
-    for tensor in plan.files.tensors[file]:
+    for tensor in plan.files.by_file[file]:
         if tensor.name in plan.updates:
             module = plan.updates[tensor.name]
             changes.append(Update(tensor, module, static.down[module], static.up[module]))
@@ -128,11 +128,11 @@ def _other_files(base: Path, plan: MergePlan) -> tuple[list[Path], list[str]]:
     """The files that are copied beside the weights, and the names of what is not; hidden ones are in neither."""
     copied, left_out = [], []
     for path in sorted(base.iterdir()):
-        if path.name.startswith(".") or path in plan.files.tensors:
+        if path.name.startswith(".") or path in plan.files.by_file:
             continue
         if path.is_dir() and path.name == CHAT_TEMPLATE_DIR:
             copied += [file for file in sorted(path.iterdir()) if file.is_file()]
-        elif path.is_file() and (path == plan.files.index or not path.name.endswith(_OTHER_WEIGHTS)):
+        elif path.is_file() and (path == plan.files.path or not path.name.endswith(_OTHER_WEIGHTS)):
             copied.append(path)
         else:
             left_out.append(path.name)

@@ -32,8 +32,9 @@ from comol_ds.adapters.adapter_folder import split_tensors, sync
 from comol_ds.adapters.config import CoMoLConfig
 from comol_ds.errors import UserError, one_line
 from comol_ds.export.hf_exact_check import check_checkpoint
-from comol_ds.export.safetensors_file import PLAIN_FLOATS, WeightFiles, read_header, read_weight_files
+from comol_ds.export.source import weights_in
 from comol_ds.export.staged_folder import staged_folder
+from comol_ds.tensor_files import PLAIN_FLOATS, TensorFiles, read_header
 
 # Decoders whose Linears all lie in `model.layers`, and that vLLM's Transformers backend serves.
 FAMILIES = ("llama", "qwen2", "qwen3", "mistral", "gemma3_text")
@@ -117,7 +118,7 @@ def write_hf_exact(
     base, output = Path(base_folder), Path(output_dir).resolve()
     tokenizer = Path(tokenizer_folder or base)
     settings = _read_base_config(base)
-    files = read_weight_files(base)
+    files = weights_in(base)
     _refuse_quantized(base, settings, files)
     adapter = _split(tensors, config)
     _refuse_tied(base, settings, adapter)
@@ -169,7 +170,7 @@ def _read_base_config(base: Path) -> dict[str, Any]:
     return settings
 
 
-def _refuse_quantized(base: Path, settings: dict[str, Any], files: WeightFiles) -> None:
+def _refuse_quantized(base: Path, settings: dict[str, Any], files: TensorFiles) -> None:
     found = next((tensor for tensor in files.by_name.values() if tensor.code not in PLAIN_FLOATS), None)
     if settings.get("quantization_config") is None and found is None:
         return
@@ -227,18 +228,18 @@ def _adapter_settings(base: dict[str, Any], config: CoMoLConfig, adapter: _Adapt
     }
 
 
-def _bytes_elsewhere(files: WeightFiles, output: Path) -> int:
+def _bytes_elsewhere(files: TensorFiles, output: Path) -> int:
     """Size of the weight files on another file system than the output: they cannot be linked."""
     existing = next(path for path in output.parents if path.exists())
-    states = [file.stat() for file in files.tensors]
+    states = [file.stat() for file in files.by_file]
     return sum(state.st_size for state in states if state.st_dev != existing.stat().st_dev)
 
 
-def _place_weights(files: WeightFiles, folder: Path) -> tuple[int, int]:
+def _place_weights(files: TensorFiles, folder: Path) -> tuple[int, int]:
     """Link or copy the base's weight files; returns the bytes that were linked, and copied."""
     linked = copied = 0
-    for source in files.tensors:
-        target = folder / (source.name if files.index else SINGLE_FILE_AS)
+    for source in files.by_file:
+        target = folder / (SINGLE_FILE_AS if source == files.path else source.name)
         size = source.stat().st_size
         try:
             os.link(source.resolve(), target)  # resolved: the hub's cache is made of symbolic links

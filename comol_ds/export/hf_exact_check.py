@@ -1,7 +1,6 @@
 """Check of a checkpoint with its own modelling code: every tensor in its files has a place in the model, and back."""
 
 import importlib.util
-import json
 import re
 import sys
 from collections import defaultdict
@@ -17,7 +16,7 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, ren
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
 from comol_ds.errors import UserError
-from comol_ds.export.safetensors_file import StoredTensor, read_header
+from comol_ds.tensor_files import StoredTensor, TensorFiles
 
 # Old Llama files hold the rotary frequencies, which every reader computes.
 _COMPUTED = "rotary_emb.inv_freq"
@@ -64,16 +63,14 @@ def _stored(folder: Path, model: PreTrainedModel) -> dict[str, StoredTensor]:
     renamings = [transform for transform in transforms if isinstance(transform, WeightRenaming)]
     converters = [transform for transform in transforms if isinstance(transform, WeightConverter)]
     expected, ignored = model.state_dict(), model._keys_to_ignore_on_load_unexpected or ()
-    weight_map = json.loads((folder / SAFE_WEIGHTS_INDEX_NAME).read_text(encoding="utf-8"))["weight_map"]
     found = {}
-    for file in sorted(set(weight_map.values())):
-        for tensor in read_header(folder / file):
-            name, _ = rename_source_key(tensor.name, renamings, converters, model.base_model_prefix, expected)
-            if name.endswith(_COMPUTED) or any(re.search(rule, name) for rule in ignored):
-                continue
-            if name in found:
-                raise UserError(f"tensors {found[name].name!r} and {tensor.name!r} are both {name!r} of the model")
-            found[name] = tensor
+    for tensor in TensorFiles(folder / SAFE_WEIGHTS_INDEX_NAME).by_name.values():
+        name, _ = rename_source_key(tensor.name, renamings, converters, model.base_model_prefix, expected)
+        if name.endswith(_COMPUTED) or any(re.search(rule, name) for rule in ignored):
+            continue
+        if name in found:
+            raise UserError(f"tensors {found[name].name!r} and {tensor.name!r} are both {name!r} of the model")
+        found[name] = tensor
     return found
 
 

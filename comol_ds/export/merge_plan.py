@@ -10,8 +10,9 @@ import torch
 from transformers import AutoConfig, PretrainedConfig
 
 from comol_ds.errors import UserError, one_line
-from comol_ds.export.safetensors_file import PLAIN_FLOATS, StoredTensor, WeightFiles, read_weight_files
+from comol_ds.export.source import weights_in
 from comol_ds.export.static_lora import StaticLora
+from comol_ds.tensor_files import PLAIN_FLOATS, StoredTensor, TensorFiles
 
 # Leading parts of a name with which transformers' classes differ from each other and from the files they save.
 _WRAPPERS = ("model", "language_model", "text_model", "transformer")
@@ -26,7 +27,7 @@ class MergePlan:
         replacements: name of a stored tensor -> its new values.
     """
 
-    files: WeightFiles
+    files: TensorFiles
     updates: Mapping[str, str]
     replacements: Mapping[str, torch.Tensor]
 
@@ -43,7 +44,7 @@ def plan_merge(base: Path, static: StaticLora, replacements: Mapping[str, torch.
             twice, or is tied to another one that would change with it.
     """
     config = _read_config(base)
-    files = read_weight_files(base)
+    files = weights_in(base)
     names = _Names(base, files.by_name)
     takers: dict[str, str] = {}  # stored tensor -> what of the adapter changes it
 

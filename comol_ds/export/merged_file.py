@@ -20,8 +20,8 @@ from typing import TypeVar
 import torch
 
 from comol_ds.errors import UserError
-from comol_ds.export.safetensors_file import StoredTensor
 from comol_ds.layout import Shard, shard_of
+from comol_ds.tensor_files import StoredTensor, prefetch, read_at
 
 T = TypeVar("T")
 
@@ -29,7 +29,6 @@ BLOCK_ELEMENTS = 1 << 19  # with its fp32 copies in a core's cache: 1.2 CPU seco
 MIN_BLOCK_ROWS = 64  # of a weight with very long rows
 FLUSH_BYTES = 64 << 20  # after which the disk starts to write them, while the next are computed
 AHEAD_BYTES = 64 << 20  # that the disk reads behind what is being computed
-WINDOW_BYTES = 128 << 10  # Linux's default limit of what one advice fetches
 
 
 @dataclass(frozen=True)
@@ -89,9 +88,10 @@ def write_merged_file(
         ThreadPoolExecutor(1, "prefetch") as prefetcher,
     ):
         files, flushes, dirty = _Files(source, stored.fileno(), written.fileno(), pool, _Scratch()), [], 0
-        prefetcher.submit(files.prefetch, 0, AHEAD_BYTES)
+        # several threads' reads look random to the kernel, which then reads late
+        prefetcher.submit(prefetch, files.stored, 0, AHEAD_BYTES)
         for start, stop, change in _parts(changes, os.fstat(files.stored).st_size):
-            prefetcher.submit(files.prefetch, start + AHEAD_BYTES, stop + AHEAD_BYTES)
+            prefetcher.submit(prefetch, files.stored, start + AHEAD_BYTES, stop + AHEAD_BYTES)
             if isinstance(change, Update):
                 losses[change.module] = files.merge(change)
             elif isinstance(change, Replacement):
@@ -131,11 +131,6 @@ class _Files:
     pool: Executor
     scratch: "_Scratch"
 
-    def prefetch(self, start: int, stop: int) -> None:
-        """Let the disk read [start, stop): several threads' reads look random to the kernel, which then reads late."""
-        for place in range(start, stop, WINDOW_BYTES):
-            os.posix_fadvise(self.stored, place, min(WINDOW_BYTES, stop - place), os.POSIX_FADV_WILLNEED)
-
     def copy(self, start: int, stop: int) -> None:
         """Bytes [start, stop) as they are."""
 
@@ -145,12 +140,12 @@ class _Files:
         self._for_blocks(copy_block, stop - start, BLOCK_ELEMENTS)
 
     def merge(self, update: Update) -> RoundingLoss:
-        tensor = update.tensor
+        tensor, (outputs, inputs) = update.tensor, update.tensor.shape
         precise = torch.promote_types(tensor.dtype, torch.float32)  # a float64 base stays one
 
         def merge_rows(rows: Shard) -> tuple[float, float, float]:
             """Squared norms of W, of delta and of what the cast took."""
-            shape, place = (rows.size, tensor.row), tensor.start + rows.start * tensor.row * tensor.dtype.itemsize
+            shape, place = (rows.size, inputs), tensor.start + rows.start * inputs * tensor.dtype.itemsize
             stored = self._read(place, shape, tensor.dtype)
             weight = self.scratch.take("weight", shape, precise).copy_(stored)
             delta = self.scratch.take("delta", shape, torch.float32)
@@ -160,12 +155,11 @@ class _Files:
             lost = merged.copy_(stored).sub_(weight).sub_(delta)
             return tuple(torch.dot(values.flatten(), values.flatten()).item() for values in (weight, delta, lost))
 
-        rows = max(MIN_BLOCK_ROWS, BLOCK_ELEMENTS // max(1, tensor.row))
-        sums = self._for_blocks(merge_rows, tensor.shape[0], rows)
+        sums = self._for_blocks(merge_rows, outputs, max(MIN_BLOCK_ROWS, BLOCK_ELEMENTS // max(1, inputs)))
         weight, delta, lost = (math.sqrt(math.fsum(squares)) for squares in zip(*sums, strict=True))
         if not math.isfinite(lost):
             raise self._not_finite(tensor)
-        return RoundingLoss(tensor.dtype_name, delta / weight if weight else math.inf, lost / delta if delta else 0.0)
+        return RoundingLoss(_dtype_name(tensor), delta / weight if weight else math.inf, lost / delta if delta else 0.0)
 
     def replace(self, replacement: Replacement) -> None:
         tensor, values = replacement.tensor, replacement.values.detach().flatten()
@@ -180,7 +174,7 @@ class _Files:
 
     def _not_finite(self, tensor: StoredTensor) -> UserError:
         return UserError(
-            f"{self.source}: the new values of {tensor.name!r} are not finite in its {tensor.dtype_name};"
+            f"{self.source}: the new values of {tensor.name!r} are not finite in its {_dtype_name(tensor)};"
             " check the adapter and the base, or use a float32 copy of the base"
         )
 
@@ -192,15 +186,14 @@ class _Files:
     def _read(self, place: int, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         """Into this thread's memory, which holds until its next call."""
         values = self.scratch.take("stored", shape, dtype)
-        memory = _memory(values)
-        while memory:
-            try:
-                got = os.preadv(self.stored, [memory], place)
-            except OSError as error:
-                raise UserError(f"{self.source} cannot be read: {error}; check the disk") from error
-            if got == 0:
-                raise UserError(f"{self.source} became shorter while it was read; do not change the base meanwhile")
-            memory, place = memory[got:], place + got
+        try:
+            read_at(self.stored, place, _memory(values))
+        except OSError as error:
+            raise UserError(f"{self.source} cannot be read: {error}; check the disk") from error
+        except EOFError as error:
+            raise UserError(
+                f"{self.source} became shorter while it was read; do not change the base meanwhile"
+            ) from error
         return values
 
     def _write(self, place: int, values: torch.Tensor) -> None:
@@ -221,6 +214,10 @@ class _Scratch(threading.local):
         if use not in self._buffers or self._buffers[use].numel() < size:
             self._buffers[use] = torch.empty(size, dtype=torch.uint8)
         return self._buffers[use][:size].view(dtype).view(shape)
+
+
+def _dtype_name(tensor: StoredTensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
 
 
 def _memory(values: torch.Tensor) -> memoryview:

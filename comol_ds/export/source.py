@@ -9,10 +9,12 @@ from typing import Any
 import torch
 import yaml
 from huggingface_hub import snapshot_download
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from comol_ds.adapters.adapter_folder import CONFIG_FILE, TENSOR_FILE, read_adapter
 from comol_ds.adapters.config import CoMoLConfig
 from comol_ds.errors import UserError, one_line
+from comol_ds.tensor_files import TensorFiles
 
 # Of a hub repository: weights in the one format that is read here, and the small files beside them.
 _HUB_FILES = (
@@ -94,6 +96,21 @@ def base_folder(base: str) -> Path:
             f"base model {base!r} is neither a folder nor available from the hub; give --model_name_or_path:"
             f" {one_line(error)}"
         ) from error
+
+
+def weights_in(folder: Path) -> TensorFiles:
+    """The files of a folder that transformers' from_pretrained would load; only headers are read.
+
+    Raises:
+        UserError: there are none, or as `TensorFiles` does.
+    """
+    for name in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME):
+        if (folder / name).is_file():
+            return TensorFiles(folder / name)
+    raise UserError(
+        f"{folder} has neither {SAFE_WEIGHTS_NAME} nor {SAFE_WEIGHTS_INDEX_NAME};"
+        " load the model and write it with transformers' save_pretrained"
+    )
 
 
 def _candidates(path: Path) -> Iterable[Path]:

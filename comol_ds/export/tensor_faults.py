@@ -17,8 +17,8 @@ from safetensors import safe_open
 from comol_ds.adapters.adapter_folder import KEY_PREFIX
 from comol_ds.export.base_modules import BaseModules
 from comol_ds.export.config_faults import pattern_of, rank_of
-from comol_ds.export.safetensors_file import PLAIN_FLOATS, StoredTensor
 from comol_ds.export.servers import Fault
+from comol_ds.tensor_files import PLAIN_FLOATS, StoredTensor
 
 FUSED = {"fused q, k, v": ("q_proj", "k_proj", "v_proj"), "fused gate, up": ("gate_proj", "up_proj")}
 _FUSED_NAMES = {

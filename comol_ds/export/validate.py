@@ -15,9 +15,9 @@ from comol_ds.adapters.adapter_folder import CONFIG_FILE, TENSOR_FILE, read_adap
 from comol_ds.errors import UserError, one_line
 from comol_ds.export.base_modules import BaseModules, read_base_modules
 from comol_ds.export.config_faults import config_faults, file_faults
-from comol_ds.export.safetensors_file import StoredTensor, read_header
 from comol_ds.export.servers import SERVERS, Fault
 from comol_ds.export.tensor_faults import sort_tensors, tensor_faults
+from comol_ds.tensor_files import StoredTensor, read_header
 
 GATED_KEY = "comol"  # of adapter_config.json in the form for vLLM
 GUARD_PREFIX = "comol_guard"

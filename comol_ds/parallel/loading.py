@@ -14,8 +14,8 @@ from comol_ds.layout import Shard
 from comol_ds.parallel import groups
 from comol_ds.parallel.device import device
 from comol_ds.parallel.mesh import Mesh
-from comol_ds.parallel.weight_files import StoredTensor
 from comol_ds.parallel.weight_reader import Read, read_all
+from comol_ds.tensor_files import StoredTensor
 
 
 def load_weights(model: nn.Module, stored: Mapping[str, StoredTensor], ds_config: dict[str, Any], mesh: Mesh) -> None:

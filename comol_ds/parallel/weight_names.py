@@ -8,7 +8,8 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
 from comol_ds.errors import UserError
-from comol_ds.parallel.weight_files import StoredTensor, WeightFiles
+from comol_ds.parallel.weight_files import WeightFiles
+from comol_ds.tensor_files import StoredTensor
 
 
 def find_weights(model: PreTrainedModel, files: WeightFiles) -> dict[str, StoredTensor]:
@@ -43,7 +44,7 @@ def _stored_names(model: PreTrainedModel, files: WeightFiles) -> dict[str, str]:
     renamings = [transform for transform in transforms if isinstance(transform, WeightRenaming)]
     converters = [transform for transform in transforms if isinstance(transform, WeightConverter)]
     found = {}
-    for stored in files.tensors:
+    for stored in files.by_name:
         name, merged = rename_source_key(stored, renamings, converters, model.base_model_prefix, expected)
         if name not in expected and stored in expected:  # renamed by a rule that is meant for other models
             name, merged = stored, None

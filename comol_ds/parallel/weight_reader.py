@@ -4,6 +4,7 @@ By pread and not by memory map: a disk that fails, or a file that becomes shorte
 file's pages do not count as memory of this process; and no byte that is not asked for is copied.
 """
 
+import math
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -16,11 +17,10 @@ from tqdm import tqdm
 
 from comol_ds.errors import UserError
 from comol_ds.layout import Shard
-from comol_ds.parallel.weight_files import StoredTensor
+from comol_ds.tensor_files import StoredTensor, prefetch, read_at
 
 READERS = 4  # threads of a rank; pread releases the interpreter lock
 PIECE_BYTES = 32 << 20  # what one thread reads at a time, and the size of its buffer if it needs one
-WINDOW_BYTES = 128 << 10  # Linux's default limit of what one advice fetches
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,23 @@ class Read:
         return self.target.device.type == "cpu" and self.target.dtype == self.tensor.dtype
 
     def runs(self) -> Iterator[tuple[int, int]]:
-        return self.tensor.runs(self.shard, self.start, self.target.numel())
+        """Where the elements lie: (byte of the file, bytes).
+
+        One run where the part is contiguous, as it is for None and along dimension 0; otherwise one per row.
+        """
+        tensor, shard = self.tensor, self.shard
+        width = row = math.prod(tensor.shape)  # elements that follow each other, and to the next such run
+        skipped = 0  # elements of a row before the part
+        if shard is not None and shard.size < tensor.shape[shard.dim]:
+            inner = math.prod(tensor.shape[shard.dim + 1 :])
+            row, width = tensor.shape[shard.dim] * inner, shard.size * inner
+            skipped = shard.start * inner
+        itemsize, position, stop = tensor.dtype.itemsize, self.start, self.start + self.target.numel()
+        while position < stop:
+            number, column = divmod(position, width)
+            length = min(width - column, stop - position)
+            yield tensor.start + itemsize * (number * row + skipped + column), itemsize * length
+            position += length
 
     def pieces(self) -> Iterator["Read"]:
         """The same in parts of at most PIECE_BYTES."""
@@ -130,18 +146,12 @@ def _advise(file: int, runs: Sequence[tuple[int, int]]) -> None:
     """
     os.posix_fadvise(file, 0, 0, os.POSIX_FADV_RANDOM)
     if len(runs) > 1:
-        stop = sum(runs[-1])
-        for offset in range(runs[0][0], stop, WINDOW_BYTES):
-            os.posix_fadvise(file, offset, min(WINDOW_BYTES, stop - offset), os.POSIX_FADV_WILLNEED)
+        prefetch(file, runs[0][0], sum(runs[-1]))
 
 
 def _read_runs(file: int, runs: Iterable[tuple[int, int]], target: torch.Tensor) -> None:
     """Fill a contiguous CPU tensor with the runs, one after the other."""
     memory = memoryview(target.view(torch.uint8).numpy())
-    for offset, length in runs:
-        run, memory = memory[:length], memory[length:]
-        while run:
-            got = os.preadv(file, [run], offset)
-            if got == 0:
-                raise EOFError(f"the file ends at byte {os.fstat(file).st_size}, before the tensor does")
-            run, offset = run[got:], offset + got
+    for place, length in runs:
+        read_at(file, place, memory[:length])
+        memory = memory[length:]

@@ -63,8 +63,9 @@ ROWS = [
         "{F}/old.safetensors: lies beside adapter_model.safetensors; TGI reads every *.safetensors in the folder, and"
         " one overwrites the other's tensors; move it to another folder"),
     Row("tensors unreadable", truncate, "vllm",
-        "{T}: is damaged, cannot be read, copy or download it again: Error while deserializing header: incomplete"
-        f" metadata, file not fully covered; vLLM cannot read it; {again}"),
+        "{T}: is damaged, cannot be read as safetensors, copy or download it again: tensor 'base_model.model."
+        "model.layers.1.self_attn.v_proj.lora_B.weight' lies at bytes 32632 to 33144 of a file of 33044; vLLM cannot"
+        f" read it; {again}"),
     Row("no tensors", tensor_edit(lambda _: {}), "peft",
         "{T}: holds no tensors; PEFT serves the base model unchanged; export the adapter again"),
     Row("no peft_type", config_edit("peft_type"), "sglang",

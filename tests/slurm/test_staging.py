@@ -114,7 +114,7 @@ def test_the_loader_reads_the_copy_and_only_where_the_variable_is_set(model, dis
     copy, _ = stage(WeightFiles(str(model)), disk)
 
     def folders() -> set[Path]:
-        return {tensor.file.parent for tensor in open_weights(str(model)).tensors.values()}
+        return {tensor.file.parent for tensor in open_weights(str(model)).by_name.values()}
 
     assert folders() == {model}
     monkeypatch.setenv("COMOL_STAGE_DIR", str(disk))

@@ -4,6 +4,7 @@ import errno
 import itertools
 import json
 import os
+import resource
 import shutil
 import time
 from pathlib import Path
@@ -70,7 +71,7 @@ def read(
     files: WeightFiles, name: str, shard: Shard | None, dtype: torch.dtype, start: int = 0, count: int | None = None
 ) -> torch.Tensor:
     """Part of a tensor of the files, flat if it is not the whole shard."""
-    stored = files.tensors[name]
+    stored = files.by_name[name]
     shape = list(stored.shape)
     if shard is not None:
         shape[shard.dim] = shard.stop - shard.start
@@ -83,7 +84,7 @@ def read(
 @pytest.mark.parametrize("kind", ["whole", "sharded"])
 def test_every_tensor_and_every_slice_is_the_files_bit_by_bit(kind, models, expected):
     files = WeightFiles(str(models[kind]))
-    assert files.tensors.keys() == expected.keys()
+    assert files.by_name.keys() == expected.keys()
     for name, tensor in expected.items():
         assert torch.equal(read(files, name, None, tensor.dtype), tensor)
         for dim, total in enumerate(tensor.shape):
@@ -110,7 +111,7 @@ def test_only_the_bytes_of_the_part_are_asked_for(models, monkeypatch):
     preadv = os.preadv
     monkeypatch.setattr(os, "preadv", lambda file, to, at: asked.append((at, len(to[0]))) or preadv(file, to, at))
     files = WeightFiles(str(models["whole"]))
-    first = files.tensors[DOWN_PROJ].offset
+    first = files.by_name[DOWN_PROJ].start
     read(files, DOWN_PROJ, None, torch.float32, start=40, count=100)
     read(files, DOWN_PROJ, Shard(0, 8, 16), torch.bfloat16)
     read(files, DOWN_PROJ, Shard(1, 0, 48), torch.float32)
@@ -160,7 +161,7 @@ def test_no_file_stays_open_or_mapped(sharded):
         return [line for line in (*handles, *Path("/proc/self/maps").read_text().splitlines()) if str(sharded) in line]
 
     files = WeightFiles(str(sharded))
-    for name in files.tensors:
+    for name in files.by_name:
         read(files, name, None, torch.bfloat16)
     assert in_use() == []
 
@@ -214,7 +215,7 @@ def test_tensors_that_transformers_merges_are_refused(tmp_path):
     config = AutoConfig.for_model("mixtral", **sizes, num_key_value_heads=2, vocab_size=64, num_local_experts=2)
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
     files = WeightFiles(str(tmp_path))
-    first = next(name for name in files.tensors if ".experts." in name)
+    first = next(name for name in files.by_name if ".experts." in name)
     assert message_of(find_weights, skeleton(tmp_path), files) == (
         f"{files.path}: tensor {first!r} is one that transformers merges or splits for model type 'mixtral', which is"
         " not supported; use a model whose weights are used as stored"
@@ -232,7 +233,7 @@ def test_a_tensor_that_is_missing_is_named_with_the_nearest(whole):
 
 def test_another_shape_is_refused_with_both(models):
     files = WeightFiles(str(models["sharded"]))
-    assert files.find(DOWN_PROJ, (32, 48), torch.float32) is files.tensors[DOWN_PROJ]
+    assert files.find(DOWN_PROJ, (32, 48), torch.float32) is files.by_name[DOWN_PROJ]
     assert message_of(files.find, DOWN_PROJ, (32, 64), torch.float32) == (
         f"{shard_with(models['sharded'], DOWN_PROJ)}: tensor '{DOWN_PROJ}' has shape [32, 48], the model's"
         " config.json makes it [32, 64]; use the config.json that was saved with the weights"
@@ -289,12 +290,22 @@ def test_a_tensor_that_the_index_promises_and_the_file_lacks_is_named(sharded):
     index = json.loads((sharded / INDEX).read_text())
     index["weight_map"]["model.extra.weight"] = index["weight_map"][NORM]
     (sharded / INDEX).write_text(json.dumps(index))
-    assert message_of(lambda: WeightFiles(str(sharded)).tensors) == (
+    assert message_of(lambda: WeightFiles(str(sharded)).by_name) == (
         f"{shard_with(sharded, NORM)} has no tensor 'model.extra.weight', {INDEX} says it has;"
         " copy or download both again"
     )
 
 
+def test_a_tensor_in_two_files_is_named(sharded):
+    first, second = sorted(sharded.glob("model-*.safetensors"))[:2]
+    name = next(iter(load_file(first)))
+    save_file(load_file(second) | {name: load_file(first)[name]}, second)
+    assert message_of(lambda: WeightFiles(str(sharded)).by_name) == (
+        f"{sharded}: tensor {name!r} is in {first.name} and in {second.name}; copy or download the model again"
+    )
+
+
+REFUSED = "Error while deserializing header"  # by the format's own reader
 LFS_POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a2146\nsize 272144\n"
 
 
@@ -318,12 +329,18 @@ def entry(**changes: object) -> dict:
         (b"\x02\0\0\0\0\0\0\0{'", "Expecting property name enclosed in double quotes"),
         (b"\x02\0\0\0\0\0\0\0\xff\xff", "'utf-8' codec can't decode"),
         (with_header({"w": {"dtype": "F32"}}), "tensor 'w' has no dtype, shape and data_offsets in the header"),
+        (with_header(entry(dtype=["F32"])), "tensor 'w' has no dtype, shape and data_offsets in the header"),
         (with_header(entry(shape=[-2])), "tensor 'w' has no dtype, shape and data_offsets in the header"),
         (with_header(entry(data_offsets=[0, 8.0])), "tensor 'w' has no dtype, shape and data_offsets in the header"),
         (with_header(entry(shape=[3])), "tensor 'w' of shape [3] and dtype F32 has 8 bytes"),
         (with_header(entry(dtype="BF16")), "tensor 'w' of shape [2] and dtype BF16 has 8 bytes"),
         (with_header(entry(), b"\0" * 7), "tensor 'w' lies at bytes 69 to 77 of a file of 76"),
         (with_header(entry(data_offsets=[8, 0])), "tensor 'w' lies at bytes 77 to 69 of a file of 77"),
+        (with_header(entry(data_offsets=[4, 12]), b"\0" * 12), f"{REFUSED}: invalid offset for tensor `w`"),
+        (with_header(entry(), b"\0" * 9), f"{REFUSED}: incomplete metadata, file not fully covered"),
+        (with_header(entry() | {"v": entry()["w"]}), f"{REFUSED}: invalid offset for tensor"),
+        (with_header(entry(dtype="F4")), f"{REFUSED}: invalid shape, data type, or offset for tensor"),
+        (with_header(entry(dtype="F3")), f"{REFUSED}: invalid JSON in header: unknown variant `F3`"),
     ],
     ids=itertools.count(),
 )
@@ -331,26 +348,41 @@ def test_a_damaged_file_is_named_before_anything_is_read(content, fault, sharded
     shard = shard_with(sharded, NORM)
     shard.write_bytes(content)
     expected = f"{shard} cannot be read as safetensors, copy or download it again: {fault}"
-    assert message_of(lambda: WeightFiles(str(sharded)).tensors).startswith(expected)
+    assert message_of(lambda: WeightFiles(str(sharded)).by_name).startswith(expected)
     single = shard.rename(sharded / "model.safetensors")
-    assert message_of(lambda: WeightFiles(str(sharded)).tensors).startswith(expected.replace(str(shard), str(single)))
+    assert message_of(lambda: WeightFiles(str(sharded)).by_name).startswith(expected.replace(str(shard), str(single)))
+
+
+def test_of_a_file_only_the_header_is_read_and_mapped(tmp_path):
+    file, size = tmp_path / "model.safetensors", 2 << 30
+    file.write_bytes(with_header(entry(dtype="U8", shape=[size], data_offsets=[0, size]), b""))
+    os.truncate(file, file.stat().st_size + size)  # of zeros that take no disk
+
+    def bytes_read() -> int:
+        fields = dict(line.split(": ") for line in Path("/proc/self/io").read_text().splitlines())
+        return int(fields["rchar"])
+
+    read_before, faults_before = bytes_read(), resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    assert WeightFiles(str(tmp_path)).by_name["w"].shape == (size,)
+    assert bytes_read() - read_before < 1 << 20
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_minflt - faults_before < 2000  # of 524,288 pages
 
 
 def test_a_shard_that_is_cut_short_is_named(sharded):
     shard = shard_with(sharded, NORM)
     shard.write_bytes(shard.read_bytes()[:-8])
-    found = message_of(lambda: WeightFiles(str(sharded)).tensors)
+    found = message_of(lambda: WeightFiles(str(sharded)).by_name)
     assert found.startswith(f"{shard} cannot be read as safetensors, copy or download it again: tensor 'model.")
     assert f"of a file of {shard.stat().st_size}" in found
 
 
 def test_a_file_that_changes_after_its_header_was_read_is_named(sharded):
     files = WeightFiles(str(sharded))
-    stored = files.tensors[NORM]
-    os.truncate(stored.file, stored.offset + 8)
+    stored = files.by_name[NORM]
+    os.truncate(stored.file, stored.start + 8)
     remedy = "check the disk, copy or download the file again"
     assert message_of(read, files, NORM, None, torch.bfloat16) == (
-        f"{stored.file}: tensor '{NORM}' cannot be read: the file ends at byte {stored.offset + 8}, before the tensor"
+        f"{stored.file}: tensor '{NORM}' cannot be read: the file ends at byte {stored.start + 8}, before the tensor"
         f" does; {remedy}"
     )
     stored.file.unlink()
@@ -361,19 +393,19 @@ def test_a_file_that_changes_after_its_header_was_read_is_named(sharded):
 
 def test_a_disk_error_names_file_and_tensor_and_stops_the_other_reads(whole, monkeypatch):
     files = WeightFiles(str(whole))
-    preadv, bad, asked = os.preadv, files.tensors["model.layers.0.mlp.gate_proj.weight"], []
+    preadv, bad, asked = os.preadv, files.by_name["model.layers.0.mlp.gate_proj.weight"], []
 
     def fail_at_one(file, to, at):
-        if bad.offset in asked:
+        if bad.start in asked:
             time.sleep(0.2)  # these files are tiny: the reads that are left must not be faster than the one that fails
         asked.append(at)
-        if at == bad.offset:
+        if at == bad.start:
             raise OSError(errno.EIO, "Input/output error")
         return preadv(file, to, at)
 
     monkeypatch.setattr(os, "preadv", fail_at_one)
     monkeypatch.setattr(weight_reader, "READERS", 1)
-    reads = [Read(tensor, None, 0, torch.empty(tensor.shape).view(-1)) for tensor in files.tensors.values()]
+    reads = [Read(tensor, None, 0, torch.empty(tensor.shape).view(-1)) for tensor in files.by_name.values()]
     assert message_of(read_all, reads, False) == (
         f"{whole / 'model.safetensors'}: tensor '{bad.name}' cannot be read: [Errno 5] Input/output error;"
         " check the disk, copy or download the file again"

@@ -147,31 +147,31 @@ def promise_too_much(base: Path) -> str:
     file = index["weight_map"][NORM]
     index["weight_map"]["more"] = file
     (base / INDEX).write_text(json.dumps(index))
-    return f"{base / file} has no tensor 'more', {INDEX} says it has; download both again"
+    return f"{base / file} has no tensor 'more', {INDEX} says it has; copy or download both again"
 
 
 def store_twice(base: Path) -> str:
     first, last = sorted(base.glob("*.safetensors"))[:: len(list(base.glob("*.safetensors"))) - 1]
     name = next(iter(load_file(first)))
     rewrite(last, lambda tensors: tensors | {name: load_file(first)[name]})
-    return f"{base}: tensor {name!r} is in {first.name} and in {last.name}; download the model again"
+    return f"{base}: tensor {name!r} is in {first.name} and in {last.name}; copy or download the model again"
 
 
 def cut_a_file(base: Path) -> str:
     file = max(base.glob("*.safetensors"))
     os.truncate(file, file.stat().st_size - 1)
-    return f"{file} cannot be read, copy or download it again: "
+    return f"{file} cannot be read as safetensors, copy or download it again: tensor 'model."
 
 
 def remove_a_file(base: Path) -> str:
     file = max(base.glob("*.safetensors"))
     file.unlink()
-    return f"{file} cannot be read, copy or download it again: "
+    return f"{base / INDEX} names {file.name}, which is missing; copy or download it again"
 
 
 def damage_the_index(base: Path) -> str:
     (base / INDEX).write_text("{")
-    return f"{base / INDEX} cannot be read, copy or download it again: "
+    return f"{base / INDEX} cannot be read as JSON, copy or download it again: "
 
 
 def empty_the_index(base: Path) -> str:

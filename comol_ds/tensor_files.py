@@ -1,0 +1,188 @@
+"""The safetensors files of a model: which tensor lies where, to the byte, and how such bytes are read.
+
+A file is 8 little-endian bytes with the length of its header, the header, which is JSON of name -> dtype, shape and
+data_offsets, and the tensors, row by row (https://huggingface.co/docs/safetensors/index#format).
+"""
+
+import json
+import math
+import os
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
+
+from comol_ds.errors import UserError, one_line
+
+# In which a number stands for itself; in the others it means nothing without the scales of its quantization.
+PLAIN_FLOATS = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+_DTYPES = PLAIN_FLOATS | {
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
+    "BOOL": torch.bool,
+}  # fmt: skip
+_LONGEST_HEADER = 100_000_000  # bytes; the limit of the format's own reader
+_WINDOW_BYTES = 128 << 10  # Linux's default limit of what one advice fetches
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """One tensor of a file.
+
+    Attributes:
+        code: the format's name of the dtype, such as "BF16".
+        start, stop: bytes [start, stop) of the file.
+    """
+
+    name: str
+    file: Path
+    code: str
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """None for a code that is no dtype of torch."""
+        return _DTYPES.get(self.code)
+
+
+class TensorFiles:
+    """One ``model.safetensors``, or the shards that ``model.safetensors.index.json`` names.
+
+    Attributes:
+        path: the file, or the index.
+    """
+
+    def __init__(self, path: Path) -> None:
+        """Read the index, if ``path`` is one; the headers are read when they are first asked for.
+
+        Raises:
+            UserError: the index is damaged, or names a missing file.
+        """
+        self.path = path
+        promised = read_index(path) if path.name == SAFE_WEIGHTS_INDEX_NAME else {}
+        for file in sorted(set(promised.values())):
+            if not (path.parent / file).is_file():
+                raise UserError(f"{path} names {file}, which is missing; copy or download it again")
+        self._promised = {name: path.parent / file for name, file in promised.items()}
+
+    @property
+    def files(self) -> list[Path]:
+        """The index, if there is one, and every file with tensors."""
+        return [self.path, *sorted(set(self._promised.values()))]
+
+    @cached_property
+    def by_file(self) -> dict[Path, list[StoredTensor]]:
+        """Every file's tensors by their place; a name stands in one file.
+
+        Raises:
+            UserError: a file cannot be read, is damaged or cut short, has a tensor that another one has, or lacks what
+                the index promises of it.
+        """
+        if not self._promised:
+            return {self.path: read_header(self.path)}
+        headers = {file: read_header(file) for file in self.files[1:]}
+        places: dict[str, Path] = {}
+        for file, tensors in headers.items():
+            for tensor in tensors:
+                if (other := places.setdefault(tensor.name, file)) != file:
+                    raise UserError(
+                        f"{self.path.parent}: tensor {tensor.name!r} is in {other.name} and in {file.name};"
+                        " copy or download the model again"
+                    )
+        for name, file in self._promised.items():
+            if places.get(name) != file:
+                raise UserError(
+                    f"{file} has no tensor {name!r}, {self.path.name} says it has; copy or download both again"
+                )
+        return headers
+
+    @cached_property
+    def by_name(self) -> dict[str, StoredTensor]:
+        """The tensors of all files; raises as ``by_file`` does."""
+        return {tensor.name: tensor for tensors in self.by_file.values() for tensor in tensors}
+
+
+def read_index(path: Path) -> dict[str, str]:
+    """Tensor -> name of its file.
+
+    Raises:
+        UserError: it is no JSON, or no index.
+    """
+    try:
+        index = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:  # ValueError: not UTF-8, not JSON
+        raise UserError(f"{path} cannot be read as JSON, copy or download it again: {one_line(error)}") from error
+    weight_map = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(weight_map, dict) or {type(file) for file in weight_map.values()} != {str}:
+        raise UserError(f"{path} has no weight_map of tensor names to file names; copy or download it again")
+    return weight_map
+
+
+def read_header(file: Path) -> list[StoredTensor]:
+    """The tensors of one file by their place: every byte after the header belongs to one of them.
+
+    Raises:
+        UserError: the file is missing, damaged or cut short.
+    """
+    try:
+        size = file.stat().st_size
+        with file.open("rb") as stream:
+            length = int.from_bytes(stream.read(8), "little")
+            if size < 8 or length > min(size - 8, _LONGEST_HEADER):
+                raise ValueError(f"it has {size} bytes, and a header of {length} is announced")
+            header = json.loads(stream.read(length))
+        if not isinstance(header, dict):
+            raise ValueError("its header is no JSON object")
+        header.pop("__metadata__", None)
+        tensors = [_parse_entry(name, entry, file, 8 + length, size) for name, entry in header.items()]
+        # The format's own reader finds the rest: gaps, overlaps, sizes of dtypes that torch does not have. It maps the
+        # file for a moment and, asked for "np", touches the header only; for "pt" torch maps the file once more.
+        with safe_open(file, "np"):
+            pass
+    except (OSError, ValueError, SafetensorError) as error:  # ValueError: not UTF-8, not JSON, or raised here
+        raise UserError(
+            f"{file} cannot be read as safetensors, copy or download it again: {one_line(error, limit=300)}"
+        ) from error
+    return sorted(tensors, key=lambda tensor: (tensor.start, tensor.stop))
+
+
+def _parse_entry(name: str, entry: Any, file: Path, data: int, size: int) -> StoredTensor:
+    """One tensor of a header, whose bytes all lie in the file; ``data`` is where the tensors start."""
+    try:
+        code, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
+        if type(code) is not str or not all(type(number) is int and number >= 0 for number in (*shape, begin, end)):
+            raise ValueError("no name, or a negative or fractional number")
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"tensor {name!r} has no dtype, shape and data_offsets in the header") from error
+    if begin > end or data + end > size:
+        raise ValueError(f"tensor {name!r} lies at bytes {data + begin} to {data + end} of a file of {size}")
+    tensor = StoredTensor(name, file, code, shape, data + begin, data + end)
+    if tensor.dtype is not None and math.prod(shape) * tensor.dtype.itemsize != end - begin:
+        raise ValueError(f"tensor {name!r} of shape {list(shape)} and dtype {code} has {end - begin} bytes")
+    return tensor
+
+
+def prefetch(file: int, start: int, stop: int) -> None:
+    """Let the disk read bytes [start, stop) of an open file ahead of whoever wants them."""
+    for place in range(start, stop, _WINDOW_BYTES):
+        os.posix_fadvise(file, place, min(_WINDOW_BYTES, stop - place), os.POSIX_FADV_WILLNEED)
+
+
+def read_at(file: int, place: int, memory: memoryview) -> None:
+    """Fill ``memory`` with the bytes of an open file from ``place`` on.
+
+    Raises:
+        OSError: the disk fails.
+        EOFError: the file ends before the memory is full.
+    """
+    while memory:
+        got = os.preadv(file, [memory], place)
+        if got == 0:
+            raise EOFError(f"the file ends at byte {os.fstat(file).st_size}, before the tensor does")
+        memory, place = memory[got:], place + got
