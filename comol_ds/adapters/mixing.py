@@ -115,10 +115,8 @@ def _passes(triton: bool) -> tuple[Callable, Callable]:
 
 def _forward(h: torch.Tensor, p: torch.Tensor, cores: torch.Tensor, scale: float) -> torch.Tensor:
     stacked = _stacked(cores, h.dtype)  # [E*R, R]
-    o = h.new_empty(h.shape)
-    for rows in _chunks(h, stacked.shape[0]):
-        torch.mm(_outer(p[rows], h[rows]), stacked, out=o[rows])
-    return o.mul_(scale)
+    parts = [_outer(p[rows], h[rows]) @ stacked for rows in _chunks(h, stacked.shape[0])]
+    return _joined(parts).mul_(scale)
 
 
 def _backward(
@@ -132,21 +130,24 @@ def _backward(
     needs_h, needs_p, needs_cores = needs
     stacked = _stacked(cores, h.dtype)
     grad_o = grad_o * scale
-    grad_h = h.new_empty(h.shape) if needs_h else None
-    grad_p = p.new_empty(p.shape) if needs_p else None
-    # Chunks are summed in the parameter's dtype: fp32 under autocast and for bf16 activations.
-    grad_stacked = torch.zeros_like(stacked, dtype=cores.dtype) if needs_cores else None
+    grad_h, grad_p, grad_cores = [], [], None
     for rows in _chunks(h, stacked.shape[0]):
         if needs_cores:
-            outer = _outer(p[rows], h[rows])
-            grad_stacked += outer.t() @ grad_o[rows]  # [E*R, R]
+            # Chunks are summed in the parameter's dtype: fp32 under autocast and for bf16 activations.
+            product = (_outer(p[rows], h[rows]).t() @ grad_o[rows]).to(cores.dtype)  # [E*R, R]
+            grad_cores = product if grad_cores is None else grad_cores + product
         if needs_h or needs_p:
-            u = (grad_o[rows] @ stacked.t()).view(-1, *cores.shape[:2])  # [n, E, R]
+            u = (grad_o[rows] @ stacked.t()).unflatten(1, cores.shape[:2])  # [n, E, R]
         if needs_h:
-            grad_h[rows] = torch.bmm(p[rows].unsqueeze(1), u).squeeze(1)
+            grad_h.append(torch.bmm(p[rows].unsqueeze(1), u).squeeze(1))
         if needs_p:
-            grad_p[rows] = torch.bmm(u, h[rows].unsqueeze(2)).squeeze(2)
-    return grad_h, grad_p, grad_stacked.view_as(cores) if needs_cores else None
+            grad_p.append(torch.bmm(u, h[rows].unsqueeze(2)).squeeze(2))
+    return _joined(grad_h), _joined(grad_p), grad_cores.view_as(cores) if needs_cores else None
+
+
+def _joined(parts: list[torch.Tensor]) -> torch.Tensor | None:
+    """The chunks' rows one below the other; of one chunk itself, of none None."""
+    return torch.cat(parts) if len(parts) > 1 else next(iter(parts), None)
 
 
 def _stacked(cores: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -157,11 +158,11 @@ def _outer(p: torch.Tensor, h: torch.Tensor) -> torch.Tensor:
     if h.device.type == "cpu" and h.dtype.itemsize == 2:
         # The same bits, since fp32 holds the product of two such numbers exactly: 0.08 ms at N=512, R=16, E=32 on one
         # core, where torch's broadcast product of bf16 takes 0.43.
-        return (p.float().unsqueeze(2) * h.float().unsqueeze(1)).to(h.dtype).view(h.shape[0], -1)
-    return (p.unsqueeze(2) * h.unsqueeze(1)).view(h.shape[0], -1)  # [n, E*R]
+        return (p.float().unsqueeze(2) * h.float().unsqueeze(1)).to(h.dtype).flatten(1)
+    return (p.unsqueeze(2) * h.unsqueeze(1)).flatten(1)  # [n, E*R]
 
 
 def _chunks(h: torch.Tensor, width: int) -> Iterator[slice]:
-    """Row ranges whose outer product of this width has at most CHUNK_ELEMENTS."""
+    """Row ranges, at least one, whose outer product of this width has at most CHUNK_ELEMENTS."""
     rows = max(1, CHUNK_ELEMENTS // width)
-    return (slice(start, start + rows) for start in range(0, h.shape[0], rows))
+    return (slice(start, start + rows) for start in range(0, max(1, h.shape[0]), rows))
