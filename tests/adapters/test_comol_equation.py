@@ -6,6 +6,7 @@ from torch import nn
 
 from comol_ds.adapters.comol_layer import comol_table
 from comol_ds.adapters.table import AxisSizes
+from tests.adapters.comparison import FixedMasks, dropout_masks, layer_and_oracle, parameters_of, set_parameters
 from tests.adapters.models import layer
 from tests.adapters.oracle import comol_update, random_parameters
 
@@ -15,49 +16,12 @@ SHAPES = [(I,), (5, I), (2, 3, I), (2, 3, 2, I), (0, I)]
 CLOSE = {"rtol": 1e-11, "atol": 1e-12}
 
 
-class FixedMasks(nn.Module):
-    """Stands in for the layer's dropout: gives back prepared masks in the order of the calls."""
-
-    def __init__(self, masks):
-        super().__init__()
-        self.masks = list(masks)
-
-    def forward(self, tensor):
-        mask = self.masks.pop(0)
-        return tensor * mask.reshape(tensor.shape)
-
-
-def set_parameters(wrapped, values):
-    with torch.no_grad():
-        for name, value in values.items():
-            getattr(wrapped, name)["default"].copy_(value)
-
-
-def parameters_of(wrapped):
-    return {name: getattr(wrapped, name)["default"] for name in wrapped.adapter_layer_names}
-
-
-def compare(wrapped, x, router, masks=None, prepare=None):
+def compare(wrapped, x, router, masks=None):
     """Output and all gradients (x included) of the layer and of the oracle."""
-    x = x.clone().requires_grad_()
-    if prepare:
-        prepare()
-    y = wrapped(x)
-    upstream = torch.randn(y.shape, generator=torch.Generator().manual_seed(3), dtype=y.dtype)
-    names = wrapped.adapter_layer_names
-    mine = torch.autograd.grad(y, [x, *parameters_of(wrapped).values()], upstream)
-    leaves = {name: value.detach().clone().requires_grad_() for name, value in parameters_of(wrapped).items()}
-    x_oracle = x.detach().clone().requires_grad_()
-    expected = wrapped.base_layer(x_oracle)
-    if x.numel():
-        expected = expected + comol_update(x_oracle, leaves, ALPHA / R, router, masks)
-        theirs = torch.autograd.grad(expected, [x_oracle, *leaves.values()], upstream)
-    else:
-        theirs = [torch.zeros_like(leaf) for leaf in (x_oracle, *leaves.values())]
-    torch.testing.assert_close(y, expected, **CLOSE)
-    for name, a, b in zip(["x", *names], mine, theirs, strict=True):
-        torch.testing.assert_close(a, b, **CLOSE, msg=lambda text, name=name: f"gradient of {name}: {text}")
-        assert not x.numel() or b.abs().max() > 0, f"the oracle's gradient of {name} is zero and proves nothing"
+    mine, exact = layer_and_oracle(wrapped, x, router, masks)
+    for name, value in exact.items():
+        torch.testing.assert_close(mine[name], value, **CLOSE, msg=lambda text, name=name: f"{name}: {text}")
+        assert not x.numel() or value.abs().max() > 0, f"the oracle's {name} is zero and proves nothing"
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -84,17 +48,9 @@ def test_layer_is_the_equation_with_fixed_dropout_masks(router, scheme):
     wrapped = layer(I, O, router=router, lora_dropout=0.25, dropout_scheme=scheme)
     set_parameters(wrapped, random_parameters(comol_table(router), AxisSizes(I, O, R, E), seed=2))
     wrapped.train()
-    n = 6
-    generator = torch.Generator().manual_seed(4)
-    sizes = {"x": (n, I)} if scheme == "input" else {"x": (n, I), "core": (n, R, R), "r": (n, R)}
-    masks = {
-        name: (torch.rand(size, generator=generator, dtype=torch.float64) > 0.25) / 0.75 for name, size in sizes.items()
-    }
-
-    def fix():
-        wrapped.dropout["default"] = FixedMasks(masks.values())
-
-    compare(wrapped, torch.randn(2, 3, I, dtype=torch.float64), router, masks, prepare=fix)
+    masks = dropout_masks(scheme, 6, I, R)
+    wrapped.dropout["default"] = FixedMasks(masks.values())
+    compare(wrapped, torch.randn(2, 3, I, dtype=torch.float64), router, masks)
     assert wrapped.dropout["default"].masks == [], "the layer dropped fewer tensors than the scheme says"
 
 

@@ -7,7 +7,6 @@ from torch._dynamo import explain
 
 import comol_ds
 from tests.adapters.models import comol_config, layer, tiny_llama, tokens
-from tests.adapters.require_triton import require_triton
 
 OUR_FILES = comol_ds.__path__[0]
 
@@ -17,16 +16,6 @@ def fresh_compiler():
     torch._dynamo.reset()
     yield
     torch._dynamo.reset()
-
-
-@pytest.fixture(params=["torch", "triton"])
-def kernel(request, monkeypatch):
-    """The kernel that mixes; Triton's in its interpreter."""
-    if request.param == "triton":
-        require_triton()
-    monkeypatch.setenv("COMOL_KERNEL", request.param)
-    monkeypatch.setenv("TRITON_INTERPRET", "1" if request.param == "triton" else "0")
-    return request.param
 
 
 def gradients(module, loss):

@@ -1,9 +1,11 @@
 """What the worker scripts share: one case's engine, and its steps on this rank's share of the batches."""
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from comol_ds.config import RouterSettings
 from comol_ds.ds_config import load_ds_json, resolve_ds_config
 from comol_ds.layout import plan_batches
 from comol_ds.parallel.assemble import Assembled, assemble
@@ -52,10 +54,23 @@ def run_steps(assembled: Assembled, case: Case, load: RouterLoad, steps: range) 
     return results
 
 
-def train_case(case: Case, models: str) -> dict:
-    """Train a case from start to end: what the equality tests compare."""
+def train_case(
+    case: Case,
+    models: str,
+    prepare: Callable[[Assembled], None] = lambda assembled: None,
+    router: RouterSettings | None = None,
+) -> dict:
+    """Train a case from start to end: what the equality tests compare.
+
+    Args:
+        case: what to train.
+        models: folder with one model folder per family.
+        prepare: called with what was built, before the first step.
+        router: whether the routers are counted, by default they are.
+    """
     assembled = build_case(case, models)
-    load = RouterLoad(assembled.engine.module, tasks=TASKS)
+    prepare(assembled)
+    load = RouterLoad(assembled.engine.module, router, tasks=TASKS)
     results = run_steps(assembled, case, load, range(case.steps))
     outcome = {
         "losses": [result.loss_sum / result.targets for result in results],

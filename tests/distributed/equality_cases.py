@@ -238,6 +238,14 @@ BESIDE_NOTHING = [
     variation(ds_config="zero0", tensor_parallel=2, accumulation=2, global_batch=4),
 ]
 
+# few and small, for the interpreter of the kernels; tensor parallelism last: DeepSpeed keeps the mpu of earlier engines
+_INTERPRETED = {"steps": 3, "global_batch": 4, "checkpointing": "full"}
+KERNEL_CASES = [
+    Case("zero3", 1, "adamw_torch", **_INTERPRETED),
+    Case("zero2", 2, "sgd", router="input", **_INTERPRETED | {"checkpointing": "none"}),
+    variation(router="input", **_INTERPRETED),
+]
+
 
 def _router_cases(tensor_parallel: int, accumulations: tuple[int, ...] = (1, 3)) -> list[Case]:
     """Statistics and losses of the routers: paddings x recomputation x accumulation, every ZeRO stage, every mode."""
@@ -261,6 +269,7 @@ def _router_cases(tensor_parallel: int, accumulations: tuple[int, ...] = (1, 3))
 
 
 SUITES = {
+    "kernels": KERNEL_CASES,
     "router": _router_cases(1) + _router_cases(2),
     "router-tp2dp2": _router_cases(2, accumulations=(3,)),
     "zero": CASES + BF16_CASES,
