@@ -31,6 +31,7 @@ from comol_ds.errors import UserError
 
 EXIT_BAD_INPUT = 2
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # DeepSpeed's seconds of importing are not worth a help text
 LAYOUTS = ("zero3-1", "zero3-2", "tp2")
 STEP_CONTENDERS = ("comol", "lora", "molora", "hydralora", "frozen")
@@ -70,7 +71,7 @@ def layer_flags(suite: argparse.ArgumentParser) -> None:
     suite.add_argument("--rounds", type=int, default=15, help="timed turns of every contender, after 3 for warming up")
     suite.add_argument("--seconds", type=float, default=3.0, help="of a slow contender, which has at least 3 turns")
     suite.add_argument("--profile", action="store_true", help="also print where CoMoL's and LoRA's time goes")
-    suite.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    suite.add_argument("--device", choices=("cpu", "cuda"), default=DEVICE)
 
 
 def siblings_flags(suite: argparse.ArgumentParser) -> None:
@@ -79,7 +80,7 @@ def siblings_flags(suite: argparse.ArgumentParser) -> None:
     suite.add_argument("--num_experts", type=int, nargs="+", default=[8, 32])
     suite.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES), metavar="DTYPE")
     suite.add_argument("--rounds", type=int, default=15, help="timed turns of every contender, after 3 for warming up")
-    suite.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    suite.add_argument("--device", choices=("cpu", "cuda"), default=DEVICE)
 
 
 def step_flags(suite: argparse.ArgumentParser) -> None:
@@ -179,7 +180,7 @@ def run_siblings(options: argparse.Namespace) -> dict:
         )
         results.append(siblings.measure_siblings(case, options.rounds))
         print(siblings.table(results[-1]), flush=True)
-    return {"machine": machine(options.device), "results": results}
+    return report_of(results, options.device)
 
 
 def run_step(options: argparse.Namespace) -> dict:
@@ -260,9 +261,9 @@ def report_on(result: dict, table: Callable[[dict], str]) -> dict:
     return report_of([result])
 
 
-def report_of(results: list[dict]) -> dict:
+def report_of(results: list[dict], device: str = DEVICE) -> dict:
     """What --json writes."""
-    return {"machine": machine("cuda" if torch.cuda.is_available() else "cpu"), "results": results}
+    return {"machine": machine(device), "results": results}
 
 
 # name -> what declares its flags, what runs it, and what it measures

@@ -3,10 +3,11 @@
 import platform
 import statistics
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from importlib.metadata import version
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
-import peft
 import torch
 
 T = TypeVar("T")
@@ -32,6 +33,11 @@ def spread(seconds: Sequence[float]) -> dict[str, float]:
     return {"median": statistics.median(seconds), "minimum": min(seconds), "maximum": max(seconds)}
 
 
+def sizes(case: Any) -> dict[str, Any]:
+    """What a case's dataclass says, but for its folder, a temporary one."""
+    return {name: value for name, value in asdict(case).items() if name != "folder"}
+
+
 def machine(device: str) -> dict[str, str | int]:
     """What the figures were measured on."""
     cpu = next(
@@ -43,7 +49,7 @@ def machine(device: str) -> dict[str, str | int]:
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "peft": peft.__version__,
+        **{package: version(package) for package in ("peft", "transformers", "deepspeed")},
     }
 
 

@@ -7,11 +7,12 @@ is one row; ZeRO-3 trains one row per rank and step, tensor parallelism one in a
 import json
 import statistics
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from comol_ds.benchmark.figures import sizes
 from comol_ds.benchmark.processes import REPOSITORY, run_ranks
 from comol_ds.config_parser import parse_run_config
 from comol_ds.ds_config import load_ds_json
@@ -58,7 +59,7 @@ def measure_geometry(case: GeometryCase) -> dict[str, Any]:
         plan = plan_layout(case, name, tensor_parallel)
         runs[name] = train_layout(case, name, tensor_parallel) | {"planned_peak_bytes": plan.peak}
     return {
-        "case": asdict(case) | {"folder": str(case.folder), "parameters": plan.everything - plan.trainable},
+        "case": sizes(case) | {"parameters": plan.everything - plan.trainable},
         "memory": "resident memory of the process" if device().type == "cpu" else "allocated device memory",
         "layouts": runs,
     }

@@ -11,14 +11,14 @@ import json
 import math
 import os
 import tempfile
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from comol_ds.benchmark.figures import in_turns, median_ratio, spread
+from comol_ds.benchmark.figures import in_turns, median_ratio, sizes, spread
 from comol_ds.benchmark.processes import run_ranks
 
 CONTENDERS = ("comol_ds", "transformers", "comol_ds-tp")
@@ -49,7 +49,7 @@ def measure_load(case: LoadCase, rounds: int) -> dict:
         runs[name].append(load_once(case, model, name))
     seconds = {name: [max(rank["seconds"] for rank in run) for run in results] for name, results in runs.items()}
     return {
-        "case": asdict(case) | {"folder": str(case.folder), "bytes": size},
+        "case": sizes(case) | {"bytes": size},
         "rounds": rounds,
         "seconds": {name: spread(values) for name, values in seconds.items()},
         "ratio_to_transformers": {name: median_ratio(values, seconds[REFERENCE]) for name, values in seconds.items()},

@@ -11,14 +11,14 @@ import os
 import shutil
 import subprocess
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from comol_ds.benchmark.figures import in_turns, median_ratio, spread
+from comol_ds.benchmark.figures import in_turns, median_ratio, sizes, spread
 from comol_ds.benchmark.load import write_checkpoint
 from comol_ds.benchmark.processes import REPOSITORY
 from comol_ds.export.source import weights_in
@@ -67,7 +67,7 @@ def measure_merge(case: MergeCase, rounds: int) -> dict:
     seconds = {key: [run["seconds"] for run in results] for key, results in runs.items()}
     busy = {name: [run["cpu_seconds"] for cache in CACHES for run in runs[cache, name]] for name in CONTENDERS}
     return {
-        "case": asdict(case) | {"folder": str(case.folder), "bytes": size},
+        "case": sizes(case) | {"bytes": size},
         "rounds": rounds,
         "seconds": {cache: {name: spread(seconds[cache, name]) for name in CONTENDERS} for cache in CACHES},
         "cpu_seconds": {name: spread(values) for name, values in busy.items()},

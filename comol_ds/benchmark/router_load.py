@@ -8,13 +8,13 @@ The contenders, on the same model and batch, under DeepSpeed ZeRO-3 in a world o
 
 import dataclasses
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from transformers import LlamaConfig
 
-from comol_ds.benchmark.figures import in_turns, median_ratio, spread
+from comol_ds.benchmark.figures import in_turns, median_ratio, sizes, spread
 from comol_ds.benchmark.processes import REPOSITORY
 from comol_ds.config import AdapterSettings, ModelSettings, OptimizerSettings, RouterSettings, RunConfig, RunSettings
 from comol_ds.data.collate import padded_batch
@@ -64,7 +64,7 @@ def measure_router_load(case: RouterLoadCase, rounds: int, logging_steps: int = 
     ratios = {name: median_ratio(values, seconds["off"]) for name, values in seconds.items()}
     amortized = (ratios["on"] * (logging_steps - 1) + ratios["logged"]) / logging_steps
     return {
-        "case": asdict(case) | {"folder": str(case.folder)},
+        "case": sizes(case),
         "rounds": rounds,
         "logging_steps": logging_steps,
         "seconds": {name: spread(values) for name, values in seconds.items()},
