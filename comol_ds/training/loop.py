@@ -111,8 +111,8 @@ def train(state: Run) -> bool:
             state.metrics.add(result)
             progress.update()
             stops = result.stop_requests > 0 and step != last
+            log_step(state, step, progress, stops)
             with watchdog.paused(step):
-                log_step(state, step, progress, stops)
                 if stops:
                     save_and_leave(state, step)
                     return False
