@@ -6,6 +6,7 @@ Usage: deepspeed compile_worker.py SUITE MODELS OUTPUT_FOLDER
 """
 
 import sys
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -16,7 +17,7 @@ from comol_ds.adapters.comol_layer import CoMoLLinear
 from comol_ds.config import RouterSettings
 from comol_ds.parallel import groups
 from comol_ds.parallel.assemble import Assembled
-from tests.distributed.case_runner import train_case
+from tests.distributed.case_runner import run_worker, train_case
 from tests.distributed.compiled_cases import COMPILED_SUITES, Compiled
 
 UNCOMPILED = []  # inputs' shapes of the layers that ran outside of all graphs
@@ -46,15 +47,9 @@ def train_compiled(compiled: Compiled, models: str) -> dict:
 
 def main() -> None:
     suite, models, output = sys.argv[-3:]
-    world = groups.read_world()
-    groups.initialize(world, timeout_minutes=2)
     watch_layers()
-    for compiled in COMPILED_SUITES[suite]:
-        groups.arrange(compiled.case.tensor_parallel)
-        outcome = train_compiled(compiled, models)
-        if world.rank == 0:
-            torch.save(outcome, Path(output) / f"{compiled.name}.pt")
-    groups.shut_down()
+    cases = COMPILED_SUITES[suite]
+    run_worker(((each.name, each.case, partial(train_compiled, each, models)) for each in cases), output)
 
 
 if __name__ == "__main__":

@@ -4,27 +4,19 @@ Usage: deepspeed equality_worker.py SUITE MODELS OUTPUT_FOLDER
 """
 
 import sys
+from functools import partial
 from pathlib import Path
-
-import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from comol_ds.parallel import groups
-from tests.distributed.case_runner import train_case
+from tests.distributed.case_runner import run_worker, train_case
 from tests.distributed.equality_cases import SUITES
 
 
 def main() -> None:
     suite, models, output = sys.argv[-3:]
-    world = groups.read_world()
-    groups.initialize(world, timeout_minutes=2)
-    for case in SUITES[suite]:
-        groups.arrange(case.tensor_parallel)
-        outcome = train_case(case, models)
-        if world.rank == 0:
-            torch.save(outcome, Path(output) / f"{case.name}.pt")
-    groups.shut_down()
+    run_worker(((case.name, case, partial(train_case, case, models)) for case in SUITES[suite]), output)
 
 
 if __name__ == "__main__":

@@ -4,16 +4,15 @@ Usage: deepspeed kernel_worker.py SUITE MODELS OUTPUT_FOLDER
 """
 
 import sys
+from functools import partial
 from pathlib import Path
-
-import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from comol_ds.adapters import mixing_triton
 from comol_ds.parallel import groups
-from tests.distributed.case_runner import train_case
-from tests.distributed.equality_cases import SUITES
+from tests.distributed.case_runner import run_worker, train_case
+from tests.distributed.equality_cases import SUITES, Case
 
 PASSES = ("forward", "backward")
 CALLS = dict.fromkeys(PASSES, 0)
@@ -29,20 +28,17 @@ def count(name: str) -> None:
     setattr(mixing_triton, name, counted)
 
 
+def train_counted(case: Case, models: str) -> dict:
+    CALLS.update(dict.fromkeys(PASSES, 0))
+    outcome = train_case(case, models)
+    return outcome | {"kernels": groups.gather_objects(dict(CALLS), "count the kernels")}
+
+
 def main() -> None:
     suite, models, output = sys.argv[-3:]
     for name in PASSES:
         count(name)
-    world = groups.read_world()
-    groups.initialize(world, timeout_minutes=2)
-    for case in SUITES[suite]:
-        groups.arrange(case.tensor_parallel)
-        CALLS.update(dict.fromkeys(PASSES, 0))
-        outcome = train_case(case, models)
-        outcome["kernels"] = groups.gather_objects(dict(CALLS), "count the kernels")
-        if world.rank == 0:
-            torch.save(outcome, Path(output) / f"{case.name}.pt")
-    groups.shut_down()
+    run_worker(((case.name, case, partial(train_counted, case, models)) for case in SUITES[suite]), output)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ Usage: deepspeed traps_worker.py MODELS OUTPUT_FOLDER
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -175,17 +176,17 @@ def _row_parallel(model: nn.Module) -> list[CoMoLLinear]:
     return [layer for layer in model.modules() if isinstance(layer, CoMoLLinear) and base_kind(layer) == "row"]
 
 
+def train_broken(trap: Callable[[], AbstractContextManager], models: str) -> dict:
+    with trap():
+        return case_runner.train_case(CASE, models)
+
+
 def main() -> None:
     models, output = sys.argv[-2:]
-    world = groups.read_world()
-    groups.initialize(world, timeout_minutes=1)
-    for trap in [*TRAPS, nothing_broken]:
-        groups.arrange(CASE.tensor_parallel)
-        with trap():
-            outcome = case_runner.train_case(CASE, models)
-        if world.rank == 0:
-            torch.save(outcome, Path(output) / f"{trap.__name__}.pt")
-    groups.shut_down()
+    traps = [*TRAPS, nothing_broken]
+    case_runner.run_worker(
+        ((trap.__name__, CASE, partial(train_broken, trap, models)) for trap in traps), output, timeout_minutes=1
+    )
 
 
 if __name__ == "__main__":
