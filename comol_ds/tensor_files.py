@@ -7,6 +7,7 @@ data_offsets, and the tensors, row by row (https://huggingface.co/docs/safetenso
 import json
 import math
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -58,15 +59,22 @@ class TensorFiles:
         path: the file, or the index.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, fetch: Callable[[list[str]], object] = lambda files: None) -> None:
         """Read the index, if ``path`` is one; the headers are read when they are first asked for.
+
+        Args:
+            path: the file, or the index.
+            fetch: called with the names of the index's files, to put those beside it that are not there.
 
         Raises:
             UserError: the index is damaged, or names a missing file.
         """
         self.path = path
-        promised = read_index(path) if path.name == SAFE_WEIGHTS_INDEX_NAME else {}
-        for file in sorted(set(promised.values())):
+        promised = _read_index(path) if path.name == SAFE_WEIGHTS_INDEX_NAME else {}
+        files = sorted(set(promised.values()))
+        if files:
+            fetch(files)
+        for file in files:
             if not (path.parent / file).is_file():
                 raise UserError(f"{path} names {file}, which is missing; copy or download it again")
         self._promised = {name: path.parent / file for name, file in promised.items()}
@@ -108,12 +116,8 @@ class TensorFiles:
         return {tensor.name: tensor for tensors in self.by_file.values() for tensor in tensors}
 
 
-def read_index(path: Path) -> dict[str, str]:
-    """Tensor -> name of its file.
-
-    Raises:
-        UserError: it is no JSON, or no index.
-    """
+def _read_index(path: Path) -> dict[str, str]:
+    """Tensor -> name of its file."""
     try:
         index = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:  # ValueError: not UTF-8, not JSON

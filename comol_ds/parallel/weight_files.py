@@ -8,7 +8,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from transformers.utils.hub import cached_files
 
 from comol_ds.errors import UserError, one_line
-from comol_ds.tensor_files import PLAIN_FLOATS, StoredTensor, TensorFiles, read_index
+from comol_ds.tensor_files import PLAIN_FLOATS, StoredTensor, TensorFiles
 
 
 class WeightFiles(TensorFiles):
@@ -20,10 +20,7 @@ class WeightFiles(TensorFiles):
         Raises:
             UserError: no safetensors weights, a damaged index, or one that names a missing file.
         """
-        path = _locate(model_path)
-        if path.name == SAFE_WEIGHTS_INDEX_NAME:
-            _fetch(model_path, sorted(set(read_index(path).values())))
-        super().__init__(path)
+        super().__init__(_locate(model_path), lambda files: _fetch(model_path, files))
 
     def find(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> StoredTensor:
         """The tensor for a whole parameter of the model.
