@@ -27,8 +27,8 @@ def share_down_projections(root: nn.Module) -> None:
     """
     for parent in root.modules():
         for names in SIBLINGS:
-            children = dict(parent.named_children())
-            readers = [children[name] for name in names if isinstance(children.get(name), CoMoLLinear)]
+            children = [getattr(parent, name, None) for name in names]
+            readers = [child for child in children if isinstance(child, CoMoLLinear)]
             if len(readers) > 1:
                 shared = SharedDown(readers)
                 parent.register_forward_hook(shared.forget)
