@@ -5,6 +5,7 @@ Examples: python launch/benchmark.py layer --json layer.json
           python launch/benchmark.py collectives --json collectives.json
           python launch/benchmark.py load --gigabytes 2 --json load.json
           python launch/benchmark.py geometry --layers 2 --ranks 2 --json geometry.json
+          python launch/benchmark.py plan --json plan.json
           python launch/benchmark.py router-load --json router_load.json
           python launch/benchmark.py merge --rounds 5 --json merge.json
           python launch/benchmark.py gpu --json gpu.json
@@ -123,6 +124,12 @@ def geometry_flags(suite: argparse.ArgumentParser) -> None:
     suite.add_argument("--tokens", type=int, default=64, help="of a row")
 
 
+def plan_flags(suite: argparse.ArgumentParser) -> None:
+    suite.add_argument("--ranks", type=int, default=8)
+    suite.add_argument("--tokens", type=int, default=4096, help="of a row")
+    suite.add_argument("--rounds", type=int, default=3, help="runs of the command")
+
+
 def router_load_flags(suite: argparse.ArgumentParser) -> None:
     suite.add_argument("--hidden", type=int, default=1024, help="hidden size")
     suite.add_argument("--layers", type=int, default=4, help="decoder layers")
@@ -229,6 +236,14 @@ def run_geometry(options: argparse.Namespace) -> dict:
         return report_on(result, geometry.table)
 
 
+def run_plan(options: argparse.Namespace) -> dict:
+    from comol_ds.benchmark import planning
+
+    with tempfile.TemporaryDirectory() as folder:
+        case = planning.PlanningCase(Path(folder), options.ranks, options.tokens)
+        return report_on(planning.measure_planning(case, options.rounds), planning.table)
+
+
 def run_router_load(options: argparse.Namespace) -> dict:
     from comol_ds.benchmark import router_load
 
@@ -297,6 +312,11 @@ SUITES: dict[str, tuple[Callable[[argparse.ArgumentParser], None], Callable[[arg
         geometry_flags,
         run_geometry,
         "Llama-3.1-70B's geometry with few layers and random weights: steps and memory under ZeRO-3 and under TP",
+    ),
+    "plan": (
+        plan_flags,
+        run_plan,
+        "launch/plan.py on Llama-3.1-70B's geometry: seconds of the command, and its memory",
     ),
     "router-load": (
         router_load_flags,

@@ -11,10 +11,6 @@ from comol_ds.planner.command import DEFAULTS
 from comol_ds.planner.request import Request, resolve
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-LLAMA_70B = LlamaConfig(
-    vocab_size=128256, hidden_size=8192, intermediate_size=28672, num_hidden_layers=80, num_attention_heads=64,
-    num_key_value_heads=8,
-)  # fmt: skip
 LLAMA_SMALL = LlamaConfig(
     vocab_size=32000, hidden_size=2048, intermediate_size=5632, num_hidden_layers=8, num_attention_heads=32,
     num_key_value_heads=4,
