@@ -122,6 +122,12 @@ class DataSettings:
     dataset_format: Literal["auto", "alpaca", "prompt_completion", "messages", "question_answer"] = option(
         "auto", "How a record is written; auto looks at the columns."
     )
+    prompt_template: str | None = option(
+        None,
+        "How prompts are written: chat (the tokenizer's chat template), alpaca, none (the columns as they are), or a"
+        " chat template's file in Jinja. None: chat where the tokenizer has one; else alpaca for instructions and"
+        " questions, none for prompts.",
+    )
     dataset_split: str = option("train", "Split to read of a hub data set.")
     eval_dataset: list[str] | None = option(None, "Validation data. None: held out of --dataset.")
     validation_split_percentage: float = option(5.0, "Percent of the records held out when --eval_dataset is absent.")

@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 from comol_ds.config import DataSettings
 from comol_ds.data.sources import Source, find_sources
+from comol_ds.data.templates import PromptTemplate, resolve_template
 from comol_ds.data.token_cache import token_stream, tokenized, user_errors
 from comol_ds.data.tokenization import RecordTokenizer, check_chat_template, first_line
 from comol_ds.errors import UserError
@@ -62,11 +63,15 @@ class DataReport:
 
 @dataclass
 class PreparedData:
-    """Training and validation records with the columns of `tokenization.TOKEN_FEATURES`; all have a label."""
+    """Training and validation records with the columns of `tokenization.TOKEN_FEATURES`; all have a label.
+
+    `template` wrote the prompts: a tokenizer with its `chat_template` sends what was trained.
+    """
 
     train: datasets.Dataset | datasets.IterableDataset
     validation: datasets.Dataset
     report: DataReport
+    template: PromptTemplate
 
 
 def prepare_data(settings: DataSettings, tokenizer: PreTrainedTokenizerBase, seed: int) -> PreparedData:
@@ -102,7 +107,8 @@ def prepare_data(settings: DataSettings, tokenizer: PreTrainedTokenizerBase, see
         report.tasks = dict(sorted(Counter(train["task"][:]).items()))
     validation = _limit(datasets.concatenate_datasets(evaluation), settings.max_eval_records, seed, _LIMIT_VALIDATION)
     report.validation = len(validation)
-    return PreparedData(train, validation, report)
+    formats = {source.data_format for group in sources for source in group}
+    return PreparedData(train, validation, report, resolve_template(tokenizer, settings.prompt_template, formats))
 
 
 def validation_records(settings: DataSettings, tokenizer: PreTrainedTokenizerBase, seed: int) -> datasets.Dataset:

@@ -13,6 +13,7 @@ from typing import Any
 import datasets
 from transformers import PreTrainedTokenizerBase
 
+from comol_ds.data.token_ids import start_tokens
 from comol_ds.errors import UserError, one_line
 
 IGNORED = -100  # the label without loss, as torch.nn.functional.cross_entropy and transformers have it
@@ -181,18 +182,6 @@ def _last_answer(turns: list[dict[str, Any]]) -> str:
     if not contents or contents[-1] is None:
         return ""
     return contents[-1] if isinstance(contents[-1], str) else json.dumps(contents[-1], ensure_ascii=False)
-
-
-def start_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The ids the tokenizer puts before a text by itself (its BOS, if it adds one), without those it puts after."""
-    plain = tokenizer("a", add_special_tokens=False)["input_ids"]
-    full = tokenizer("a")["input_ids"]
-    for start in range(len(full) - len(plain) + 1):
-        if full[start : start + len(plain)] == plain:
-            return full[:start]
-    raise UserError(
-        f"the tokenizer of {tokenizer.name_or_path!r} splits a text differently with special tokens; use another one"
-    )
 
 
 def check_chat_template(tokenizer: PreTrainedTokenizerBase, where: str) -> None:

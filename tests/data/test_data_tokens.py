@@ -4,12 +4,12 @@ import json
 
 import pytest
 
+from comol_ds.data.token_ids import start_tokens
 from comol_ds.data.tokenization import (
     IGNORED,
     RecordTokenizer,
     check_chat_template,
     format_example,
-    start_tokens,
     tokenizer_fingerprint,
 )
 from comol_ds.errors import UserError
