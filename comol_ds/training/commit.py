@@ -23,6 +23,7 @@ from typing import Any
 
 from comol_ds.adapters.adapter_folder import sync
 from comol_ds.errors import UserError, one_line
+from comol_ds.tensor_files import listed_file
 from comol_ds.training.generation import Generation
 
 MARKER = "COMMITTED"
@@ -240,7 +241,10 @@ def _difference(checkpoint: Path, name: str, entry: dict[str, Any]) -> str | Non
 
 
 def _read_manifest(checkpoint: Path) -> Manifest:
-    return json.loads((checkpoint / MARKER).read_text(encoding="utf-8"))["files"]
+    manifest: Manifest = json.loads((checkpoint / MARKER).read_text(encoding="utf-8"))["files"]
+    for name in manifest:
+        listed_file(checkpoint, name)
+    return manifest
 
 
 def _write_synced(path: Path, content: Any) -> None:
