@@ -1,16 +1,16 @@
-"""Command line and YAML -> `RunConfig`. Defaults < YAML < flags; an unknown name is refused with the nearest one."""
+"""Command line and YAML -> `RunConfig`. Defaults < YAML < flags; an unknown name is refused with a hint."""
 
-import difflib
+import argparse
 from dataclasses import fields
-from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, NoReturn, get_args, get_origin
 
-import yaml
 from transformers import HfArgumentParser
 
 from comol_ds.config import GROUPS, RunConfig
-from comol_ds.errors import UserError, one_line
+from comol_ds.errors import UserError
+from comol_ds.flag_aliases import unknown_name
+from comol_ds.text_files import read_yaml_words
 
 
 class _Parser(HfArgumentParser):
@@ -28,7 +28,7 @@ def parse_run_config(argv: list[str], defaults: dict[str, Any] | None = None) ->
         defaults: flag -> value, weaker than the YAML file and the command line.
 
     Raises:
-        UserError: unknown flag or YAML key (names the nearest), a value of the wrong type or out of range.
+        UserError: unknown flag or YAML key (see `unknown_name`), a value of the wrong type or out of range.
     """
     parser = _Parser(GROUPS, usage=_USAGE, allow_abbrev=False, description=_DESCRIPTION)
     known = {action.dest for action in parser._actions} - {"help", "local_rank"}  # what a user may set
@@ -38,11 +38,8 @@ def parse_run_config(argv: list[str], defaults: dict[str, Any] | None = None) ->
     weaker = dict(defaults or {})
     if command_line.config:
         weaker |= _read_yaml(command_line.config, known - {"config"})
-    # One path for every source: YAML and defaults become flags in front of the real ones, and the last one wins.
-    # Only null has no spelling on the command line.
-    parser.set_defaults(**{name: None for name, value in weaker.items() if value is None})
-    everything = [*_as_flags(weaker), *argv]
-    config = RunConfig(*parser.parse_args_into_dataclasses(everything, look_for_args_file=False))
+    parser.set_defaults(**{name: _parsed(parser, name, value) for name, value in weaker.items()})
+    config = RunConfig(*parser.parse_args_into_dataclasses(argv, look_for_args_file=False))
     config.check()
     return config
 
@@ -58,38 +55,23 @@ def _refuse_unknown(word: str, known: set[str], kind: str) -> NoReturn:
     name = word.lstrip("-").split("=")[0].replace("-", "_")
     if not word.startswith("-") and kind == "flag":
         raise UserError(f"unexpected argument {word!r}; values follow their --flag")
-    near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
     mark = "--" if kind == "flag" else ""
-    raise UserError(f"unknown {kind} {mark}{name}; the nearest known name is {mark}{near}")
+    raise UserError(f"unknown {kind} {mark}{name}; {unknown_name(name, known, mark)}")
 
 
 def _read_yaml(path: str, known: set[str]) -> dict[str, Any]:
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"--config {path}: {error.strerror}; check the path") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"--config {path} is not UTF-8 text (byte {error.start}); convert the file") from error
-    try:
-        values = yaml.safe_load(text) or {}
-    except yaml.YAMLError as error:
-        raise UserError(f"--config {path} is not valid YAML, repair it: {one_line(error)}") from error
-    if not isinstance(values, dict):
-        raise UserError(f"--config {path} must hold 'flag: value' lines, found a {type(values).__name__}")
+    values = read_yaml_words(path, "--config")
     for name, value in values.items():
         if name not in known:
-            _refuse_unknown(str(name), known, "YAML key")
-        _check_yaml_value(path, name, value)
+            _refuse_unknown(name, known, "YAML key")
+        kinds = _FIELD_KINDS[name]
+        if value is None and NoneType not in kinds:
+            raise UserError(f"--config {path}: {name} is null; give it a value or remove the line")
+        if isinstance(value, list) and list not in kinds:
+            raise UserError(f"--config {path}: {name} is a list; give one value")
+        if value == []:
+            raise UserError(f"--config {path}: {name} is an empty list; give it a value or remove the line")
     return values
-
-
-def _check_yaml_value(path: str, name: str, value: Any) -> None:
-    """Refuse what cannot be written as a flag; argparse checks the rest."""
-    kinds = _FIELD_KINDS[name]
-    if value is None and NoneType not in kinds:
-        raise UserError(f"--config {path}: {name} is null; give it a value or remove the line")
-    if isinstance(value, dict) or (isinstance(value, list) and list not in kinds):
-        raise UserError(f"--config {path}: {name} is a {type(value).__name__}; give one value")
 
 
 def _kinds(annotation: Any) -> set[Any]:
@@ -101,13 +83,15 @@ def _kinds(annotation: Any) -> set[Any]:
 _FIELD_KINDS = {field.name: _kinds(field.type) for group in GROUPS for field in fields(group)}
 
 
-def _as_flags(values: dict[str, Any]) -> list[str]:
-    """{"packing": True, "dataset": ["a", "b"]} -> ["--packing", "true", "--dataset", "a", "b"]; None is left out."""
-    flags = []
-    for name, value in values.items():
-        if value is None:
-            continue
-        items = value if isinstance(value, (list, tuple)) else [value]
-        flags.append(f"--{name}")
-        flags.extend(str(item).lower() if isinstance(item, bool) else str(item) for item in items)
-    return flags
+def _parsed(parser: argparse.ArgumentParser, name: str, value: Any) -> Any:
+    """The value of a YAML file or of the defaults as argparse reads it from a command line.
+
+    Every word is read alone and behind an equals sign, where it is a value whatever it looks like: ``dataset:
+    ["--seed", "7"]`` are two data sets.
+    """
+    if value is None:
+        return None
+    items = value if isinstance(value, list | tuple) else [value]
+    words = [str(item).lower() if isinstance(item, bool) else str(item) for item in items]
+    read = [getattr(parser.parse_known_args([f"--{name}={word}"])[0], name) for word in words]
+    return [item for items in read for item in items] if list in _FIELD_KINDS[name] else read[0]

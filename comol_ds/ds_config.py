@@ -2,13 +2,12 @@
 
 import copy
 import difflib
-import json
-from pathlib import Path
 from typing import Any
 
 from comol_ds.config import RunConfig
 from comol_ds.errors import UserError
 from comol_ds.layout import BatchLayout
+from comol_ds.text_files import read_json_settings
 
 # Blocks that another part of this project owns, or that DeepSpeed cannot honour in this set-up.
 _REFUSED_BLOCKS = {
@@ -47,20 +46,9 @@ def load_ds_json(path: str) -> dict[str, Any]:
     """Read a DeepSpeed JSON file.
 
     Raises:
-        UserError: unreadable, not JSON (with the line), or not an object.
+        UserError: see `read_json_settings`; or not an object.
     """
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"--ds_config {path}: {error.strerror}; ds_configs/ has working examples") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"--ds_config {path} is not UTF-8 text (byte {error.start}); convert the file") from error
-    try:
-        config = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise UserError(
-            f"--ds_config {path} is not valid JSON: line {error.lineno}: {error.msg}; repair the file"
-        ) from error
+    config = read_json_settings(path, "--ds_config", "ds_configs/ has working examples")
     if not isinstance(config, dict):
         raise UserError(f"--ds_config {path} must hold a JSON object, found a {type(config).__name__}")
     return config
@@ -184,8 +172,9 @@ def _refuse_unknown_keys(config: dict[str, Any]) -> None:
     known = [*_KNOWN_KEYS, *_REFUSED_BLOCKS]
     for key in config:
         if key not in known:
-            near = difflib.get_close_matches(key, known, n=1, cutoff=0.0)[0]
-            raise UserError(f"DeepSpeed JSON: unknown key {key!r}; the nearest known key is {near!r}")
+            near = difflib.get_close_matches(key, known, n=1, cutoff=0.8)
+            hint = f"the nearest known key is {near[0]!r}" if near else f"known are {', '.join(known)}"
+            raise UserError(f"DeepSpeed JSON: unknown key {key!r}; {hint}")
 
 
 def _is_disabled(block: Any) -> bool:

@@ -4,13 +4,12 @@ A file is 8 little-endian bytes with the length of its header, the header, which
 data_offsets, and the tensors, row by row (https://huggingface.co/docs/safetensors/index#format).
 """
 
-import json
 import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
 from comol_ds.errors import UserError, one_line
+from comol_ds.text_files import parse_json, read_json
 
 # In which a number stands for itself; in the others it means nothing without the scales of its quantization.
 PLAIN_FLOATS = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
@@ -27,7 +27,6 @@ _DTYPES = PLAIN_FLOATS | {
     "BOOL": torch.bool,
 }  # fmt: skip
 _LONGEST_HEADER = 100_000_000  # bytes; the limit of the format's own reader
-_LONGEST_NAME = 255  # bytes between two slashes; Linux's file systems have no longer ones
 _WINDOW_BYTES = 128 << 10  # Linux's default limit of what one advice fetches
 
 
@@ -68,17 +67,17 @@ class TensorFiles:
             fetch: called with the names of the index's files, to put those beside it that are not there.
 
         Raises:
-            UserError: the index is damaged, or names a missing file or one outside its folder.
+            UserError: the index is damaged, or names a missing file.
         """
         self.path = path
         promised = _read_index(path) if path.name == SAFE_WEIGHTS_INDEX_NAME else {}
-        places = {file: _place_of(file, path) for file in sorted(set(promised.values()))}
-        if places:
-            fetch(list(places))
-        for file, place in places.items():
-            if not place.is_file():
+        files = sorted(set(promised.values()))
+        if files:
+            fetch(files)
+        for file in files:
+            if not (path.parent / file).is_file():
                 raise UserError(f"{path} names {file}, which is missing; copy or download it again")
-        self._promised = {name: places[file] for name, file in promised.items()}
+        self._promised = {name: path.parent / file for name, file in promised.items()}
 
     @property
     def files(self) -> list[Path]:
@@ -117,34 +116,10 @@ class TensorFiles:
         return {tensor.name: tensor for tensors in self.by_file.values() for tensor in tensors}
 
 
-def listed_file(folder: Path, name: str) -> Path:
-    """The file in ``folder`` or below it that an index or a manifest lists under ``name``.
-
-    Only the name is judged. Symbolic links in the folder are followed: the hub's cache is made of them.
-
-    Raises:
-        ValueError: the name leads out of the folder, or cannot be a file's.
-    """
-    parts = PurePosixPath(name).parts
-    if not parts or name.startswith("/") or ".." in parts:
-        raise ValueError(f"{name!r:.200} does not lie in the folder")
-    # backslashes separate folders for a reader on Windows, where the listed file would be another one
-    if "\\" in name or not name.isprintable() or max(len(part.encode()) for part in parts) > _LONGEST_NAME:
-        raise ValueError(f"{name!r:.200} is no file name")
-    return folder / name
-
-
-def _place_of(file: str, index: Path) -> Path:
-    try:
-        return listed_file(index.parent, file)
-    except ValueError as error:
-        raise UserError(f"{index} names a file that is not read: {error}; download the model again") from error
-
-
 def _read_index(path: Path) -> dict[str, str]:
     """Tensor -> name of its file."""
     try:
-        index = json.loads(path.read_text(encoding="utf-8"))
+        index = read_json(path)
     except (OSError, ValueError) as error:  # ValueError: not UTF-8, not JSON
         raise UserError(f"{path} cannot be read as JSON, copy or download it again: {one_line(error)}") from error
     weight_map = index.get("weight_map") if isinstance(index, dict) else None
@@ -165,7 +140,7 @@ def read_header(file: Path) -> list[StoredTensor]:
             length = int.from_bytes(stream.read(8), "little")
             if size < 8 or length > min(size - 8, _LONGEST_HEADER):
                 raise ValueError(f"it has {size} bytes, and a header of {length} is announced")
-            header = json.loads(stream.read(length))
+            header = parse_json(stream.read(length))
         if not isinstance(header, dict):
             raise ValueError("its header is no JSON object")
         header.pop("__metadata__", None)

@@ -23,6 +23,7 @@ from comol_ds.adapters.comol_layer import KEY_PREFIX, comol_table
 from comol_ds.adapters.config import CoMoLConfig
 from comol_ds.adapters.table import infer_sizes, parameter_names
 from comol_ds.errors import UserError, one_line
+from comol_ds.text_files import read_json
 
 CONFIG_FILE = "adapter_config.json"
 TENSOR_FILE = "adapter_model.safetensors"
@@ -112,7 +113,7 @@ def read_config_values(folder: str | os.PathLike, peft_type: str) -> dict[str, A
     if not path.is_file():
         raise UserError(f"{folder} is not an adapter folder: {CONFIG_FILE} is missing")
     try:
-        values = json.loads(path.read_text())
+        values = read_json(path)
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read: {one_line(error)}") from error
     found = values.get("peft_type") if isinstance(values, dict) else None

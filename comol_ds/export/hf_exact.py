@@ -35,6 +35,7 @@ from comol_ds.export.hf_exact_check import check_checkpoint
 from comol_ds.export.source import weights_in
 from comol_ds.export.staged_folder import staged_folder
 from comol_ds.tensor_files import PLAIN_FLOATS, TensorFiles, read_header
+from comol_ds.text_files import read_json
 
 # Decoders whose Linears all lie in `model.layers`, and that vLLM's Transformers backend serves.
 FAMILIES = ("llama", "qwen2", "qwen3", "mistral", "gemma3_text")
@@ -157,7 +158,7 @@ def _read_base_config(base: Path) -> dict[str, Any]:
     if not path.is_file():
         raise UserError(f"{base} is not a model folder: config.json is missing")
     try:
-        settings = json.loads(path.read_text(encoding="utf-8"))
+        settings = read_json(path)
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read: {one_line(error)}") from error
     kind = settings.get("model_type") if isinstance(settings, dict) else None

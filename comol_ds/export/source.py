@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from huggingface_hub import snapshot_download
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
@@ -15,6 +14,7 @@ from comol_ds.adapters.adapter_folder import CONFIG_FILE, TENSOR_FILE, read_adap
 from comol_ds.adapters.config import CoMoLConfig
 from comol_ds.errors import UserError, one_line
 from comol_ds.tensor_files import TensorFiles
+from comol_ds.text_files import read_yaml
 
 # Of a hub repository: weights in the one format that is read here, and the small files beside them.
 _HUB_FILES = (
@@ -131,7 +131,7 @@ def _settings(folder: Path) -> dict[str, Any] | None:
         path = run / "config.yaml"
         if path.is_file():
             try:
-                return yaml.safe_load(path.read_text(encoding="utf-8"))
-            except (OSError, yaml.YAMLError) as error:
+                return read_yaml(path)
+            except (OSError, ValueError) as error:
                 raise UserError(f"{path} cannot be read: {one_line(error)}") from error
     return None

@@ -5,7 +5,6 @@ form for vLLM with the plugin of comol_ds, a LoRA of rank E*R with a guard tenso
 in `servers.CONSEQUENCES`.
 """
 
-import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -18,6 +17,7 @@ from comol_ds.export.config_faults import config_faults, file_faults
 from comol_ds.export.servers import SERVERS, Fault
 from comol_ds.export.tensor_faults import sort_tensors, tensor_faults
 from comol_ds.tensor_files import StoredTensor, read_header
+from comol_ds.text_files import read_json
 
 GATED_KEY = "comol"  # of adapter_config.json in the form for vLLM
 GUARD_PREFIX = "comol_guard"
@@ -102,7 +102,7 @@ def _faults(folder: Path, base: str | os.PathLike | None) -> Iterator[Fault]:
         yield Fault("no config", str(folder), f"{CONFIG_FILE} is missing", "give an adapter folder")
         return
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = read_json(path)
     except (OSError, ValueError) as error:  # ValueError: not UTF-8, not JSON
         what = f"is no JSON, {one_line(error)}"
         yield Fault("config unreadable", str(path), what, "export or copy the adapter again")

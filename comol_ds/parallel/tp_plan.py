@@ -4,12 +4,10 @@ A plan is transformers' tp_plan: name pattern -> style, the model's own one or a
 reads modules, names and sizes only, so it works on a model without memory, before a rank waits for another.
 """
 
-import json
 import math
 import re
 from collections import defaultdict
 from dataclasses import dataclass
-from pathlib import Path
 
 from deepspeed.module_inject.autotp_config import PartitionType
 from deepspeed.module_inject.tp_plan_converter import TPPlanConverter
@@ -20,6 +18,7 @@ from comol_ds.adapters.table import BaseKind
 from comol_ds.config import AdapterSettings
 from comol_ds.errors import UserError
 from comol_ds.layout import divisors, either
+from comol_ds.text_files import read_json_settings
 
 # Styles whose modules stay whole: an embedding (split over the vocabulary by us, whatever the plan says), and a norm
 # between sharded projections, which works on one head at a time and is frozen.
@@ -118,14 +117,7 @@ def check_placement(
 
 def _read_plan(plan_file: str) -> _Plan:
     source = f"--tp_plan {plan_file}"
-    try:
-        styles = json.loads(Path(plan_file).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{source}: {error.strerror}; check the path") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"{source} is not UTF-8 text (byte {error.start}); convert the file") from error
-    except json.JSONDecodeError as error:
-        raise UserError(f"{source} is not valid JSON: line {error.lineno}: {error.msg}; repair the file") from error
+    styles = read_json_settings(plan_file, "--tp_plan", "check the path")
     if not isinstance(styles, dict) or not styles or not all(isinstance(style, str) for style in styles.values()):
         raise UserError(f"{source} must hold a JSON object of pattern and style, like {_EXAMPLE}")
     return _Plan(styles, source, is_file=True)

@@ -4,7 +4,6 @@ T tasks, L layers, E experts. A line of a 70B-class run holds some 10^6 numbers,
 last line of each split only.
 """
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -14,6 +13,7 @@ import numpy as np
 
 from comol_ds.errors import UserError, one_line
 from comol_ds.report.values import mutual_information
+from comol_ds.text_files import parse_json
 
 FILE_NAME = "router_load.jsonl"
 VERSION = 1
@@ -148,7 +148,7 @@ def _lines(file: Path, notes: list[str]) -> Iterator[tuple[int, dict[str, Any]]]
                 if not line.strip():
                     continue
                 try:
-                    yield number, json.loads(line)
+                    yield number, parse_json(line)
                 except ValueError as error:  # JSON and UTF-8 errors are both
                     broken = number, one_line(error, 80)
     except OSError as error:

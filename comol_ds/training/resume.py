@@ -1,6 +1,5 @@
 """Which checkpoint a run continues, whether it may, and by which route."""
 
-import json
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -8,6 +7,7 @@ from typing import Any, ClassVar
 
 from comol_ds.errors import UserError
 from comol_ds.parallel.groups import World, gather_objects, together
+from comol_ds.text_files import read_json
 from comol_ds.training.commit import MARKER, STATE, by_step, damage_of, fault_of, step_of
 from comol_ds.training.run_folder import RunFolder
 
@@ -178,7 +178,7 @@ def find_checkpoint(
 
 def read_state(checkpoint: Path) -> dict[str, Any]:
     """state.json of a checkpoint."""
-    return json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
+    return read_json(checkpoint / STATE)
 
 
 def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -27,7 +27,9 @@ def message(inputs, capfd, monkeypatch):
 
 FLAGS = [
     (["--lerning_rate", "1e-3"], "unknown flag --lerning_rate", "nearest known name is --learning_rate"),
-    (["--lora-rang=8"], "unknown flag --lora_rang", "nearest known name is --lora_alpha"),
+    (["--lora-rang=8"], "unknown flag --lora_rang; if lora_rank is meant, it is --r here"),
+    (["--gradient_accumulation_steps", "4"], "accumulation follows from --global_batch_size"),
+    (["--zzz"], "unknown flag --zzz; see --help"),
     (["--r", "8", "16"], "unexpected argument '16'", "values follow their --flag"),
     (["--r", "eight"], "--r: invalid int value: 'eight'", "see --help"),
     (["--learning_rate", "fast"], "invalid float value: 'fast'", "see --help"),
@@ -85,8 +87,19 @@ def test_required_flags(message):
 
 YAML = [
     ("lerning_rate: 0.1", "unknown YAML key lerning_rate", "nearest known name is learning_rate"),
-    ("config: other.yaml", "unknown YAML key config", "nearest known name is"),
-    ("8: 1", "unknown YAML key 8", "nearest known name is"),
+    ("config: other.yaml", "unknown YAML key config; a YAML file cannot name another one; copy its lines"),
+    ("lora_rank: 8", "unknown YAML key lora_rank; it is r here"),
+    ("8: 1", "unknown YAML key 8; see --help"),
+    ("dataset: []", "dataset is an empty list; give it a value or remove the line"),
+    ("dataset: [a, [b]]", "line 1: dataset has an item that is a list; give one value"),
+    ("dataset: [a, null]", "line 1: dataset has an item that is null; give it a value or remove it"),
+    ("r: 8\nseed: 1\nr: 16", "line 3: r is given twice; remove one of the lines"),
+    ("? [r]\n: 8", "line 1: a list in place of a flag"),
+    ("output_dir: !!python/name:os.system out", "line 1: output_dir has the tag"),
+    ("r: " + "[" * 5000, "is nested too deeply; write 'flag: value' lines"),
+    ("r: 8\n" + "#" * 2**20, "it has more than 1 MiB"),
+    ("r: " + "1" * 5000, "--r: invalid int value: '1111"),
+    ("a: &a [x]\nb: &b [*a, *a]\nc: &c [*b, *b]\nr: *c", "line 2: b has an item that is a list"),
     ("r: eight", "--r: invalid int value: 'eight'"),
     ("r: 8.5", "invalid int value: '8.5'"),
     ("r: [8, 16]", "r is a list; give one value"),
@@ -97,7 +110,7 @@ YAML = [
 ]
 
 
-@pytest.mark.parametrize("case", YAML, ids=lambda case: case[0])
+@pytest.mark.parametrize("case", YAML, ids=lambda case: case[0][:40])
 def test_yaml(case, message, inputs):
     text, *fragments = case
     found = message("--config", inputs.write("run.yaml", text))
@@ -206,6 +219,13 @@ def test_deepspeed_json_that_cannot_be_read(message, inputs):
     assert f"--ds_config {path} is not valid JSON: line 3: Expecting ':' delimiter" in message(ds_config=path)
     inputs.write("ds.json", [1])
     assert "must hold a JSON object, found a list" in message(ds_config=path)
+    for text, reason in (
+        ('{"a": ' * 5000, "it is nested too deeply"),
+        ('{"bf16": 1, "bf16": 2}', "'bf16' is given twice"),
+    ):
+        inputs.write("ds.json", text)
+        for flag in ("ds_config", "tp_plan"):
+            assert message(**{flag: path}) == f"--{flag} {path} is not valid JSON: {reason}; repair the file"
     path.write_bytes(b'{"a": "\xff"}')
     assert "is not UTF-8 text (byte 7)" in message(ds_config=path)
 

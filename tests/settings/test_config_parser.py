@@ -74,6 +74,16 @@ def test_lists(parsed):
     assert (config.data.dataset, config.data.dataset_weights) == (["a", "b"], [1.0, 0.5])
 
 
+def test_yaml_values_are_the_words_that_were_written(parsed):
+    config = parsed(yaml_text='dataset: ["--seed", "7"]\noutput_dir: 010\nr: 010\nadapter_name_or_path: --packing')
+    assert (config.data.dataset, config.run.seed, config.data.packing) == (["--seed", "7"], 42, False)
+    assert (config.run.output_dir, config.adapter.r, config.adapter.adapter_name_or_path) == ("010", 10, "--packing")
+    config = parsed(yaml_text="packing: on\noutput_dir: 2024-05-01\nmax_grad_norm: .inf\ndataset_split: '5'")
+    assert (config.data.packing, config.run.output_dir, config.data.dataset_split) == (True, "2024-05-01", "5")
+    assert config.optimizer.max_grad_norm == float("inf")
+    assert parsed(yaml_text="target_modules: &names [q_proj, v_proj]\nmodules_to_save: *names").adapter.modules_to_save
+
+
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
