@@ -17,8 +17,12 @@ from pyarrow import parquet
 
 from comol_ds.data.formats import detect_format, to_text
 from comol_ds.errors import UserError, one_line
+from comol_ds.text_files import parse_json
 
 SUFFIXES = (".json", ".jsonl", ".parquet")
+# In bytes of a line. 10 million tokens, the longest context that a model of today has, are about 40 MB of text.
+_LONGEST_RECORD = 64 * 2**20
+_TOO_LONG = "it is longer than 64 MiB, which no model reads at once; split it into records"
 # How file names spell the splits; a folder is read by these words.
 SPLIT_WORDS = {
     "train": ("train", "training"),
@@ -199,6 +203,8 @@ def _file_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         for number, row in rows:
             if not isinstance(row, dict):
                 raise UserError(f"{path} row {number}: {type(row).__name__}, expected a JSON object per record")
+            if any(isinstance(value, str) and len(value) > _LONGEST_RECORD for value in row.values()):
+                raise UserError(f"{path} row {number}: {_TOO_LONG}")
             yield number, row
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror or error}); check the file") from error
@@ -213,28 +219,59 @@ def _json_rows(path: Path) -> Iterator[tuple[int, Any]]:
 
 def _json_line_rows(path: Path) -> Iterator[tuple[int, Any]]:
     with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
+        for number, line in enumerate(iter(lambda: file.readline(_LONGEST_RECORD + 1), b""), start=1):
+            where = f"{path} line {number}"
+            if len(line) > _LONGEST_RECORD:
+                raise UserError(f"{where}: {_TOO_LONG}")
             if not line.strip():
                 continue
             try:
-                yield number, json.loads(line)
+                row = parse_json(line)
             except ValueError as error:
-                reason = error.msg if isinstance(error, json.JSONDecodeError) else "not UTF-8 text"
+                reason = error.msg if isinstance(error, json.JSONDecodeError) else str(error)
+                reason = "not UTF-8 text" if isinstance(error, UnicodeDecodeError) else reason
                 start = line[:60].decode("utf-8", "replace").strip()
                 raise UserError(
-                    f"{path} line {number}: broken JSON ({reason}) in {start!r}; "
+                    f"{where}: broken JSON ({reason}) in {start!r}; "
                     "write one JSON object per line, or a list of objects in a .json file"
                 ) from error
+            if _may_hold_surrogates(line):
+                _check_text(row, where)
+            yield number, row
 
 
 def _json_list_rows(path: Path) -> Iterator[tuple[int, Any]]:
+    content = path.read_bytes()
     try:
-        rows = json.loads(path.read_bytes())
+        rows = parse_json(content)
     except json.JSONDecodeError as error:
         raise UserError(f"{path} line {error.lineno}: broken JSON ({error.msg}); repair the file") from error
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8 text (byte {error.start}); convert the file to UTF-8") from error
-    yield from enumerate(rows, start=1)
+    except ValueError as error:
+        raise UserError(f"{path}: broken JSON ({error}); repair the file") from error
+    suspicious = _may_hold_surrogates(content)
+    for number, row in enumerate(rows, start=1):
+        if suspicious:
+            _check_text(row, f"{path} row {number}")
+        yield number, row
+
+
+def _may_hold_surrogates(content: bytes) -> bool:
+    """Whether JSON holds an escape in which half of a character beyond U+FFFF could be written."""
+    return b"\\ud" in content or b"\\uD" in content
+
+
+def _check_text(row: Any, where: str) -> None:
+    """Refuse half of a surrogate pair anywhere in a row: it is no character, and no tokenizer takes it."""
+    try:
+        json.dumps(row, ensure_ascii=False).encode("utf-8")
+    except UnicodeEncodeError as error:
+        half = f"\\u{ord(error.object[error.start]):04x}"
+        raise UserError(
+            f"{where}: {half} is half of a surrogate pair, which is no character; repair what wrote the file, or"
+            " remove it"
+        ) from error
 
 
 def _parquet_rows(path: Path) -> Iterator[tuple[int, Any]]:

@@ -5,6 +5,7 @@ import json
 import datasets
 import pytest
 
+from comol_ds.data import sources
 from comol_ds.data.sources import find_sources, read_texts
 from comol_ds.errors import UserError
 from tests.data.data_helpers import real_data, sums, write_jsonl
@@ -128,6 +129,40 @@ def test_broken_json_list_and_bytes(tmp_path):
     assert "latin.jsonl line 1: broken JSON (not UTF-8 text)" in refused(tmp_path / "latin.jsonl")
     (tmp_path / "fake.parquet").write_bytes(b"no parquet at all")
     assert "not a readable Parquet file" in refused(tmp_path / "fake.parquet")
+
+
+@pytest.mark.parametrize("name", ["x.jsonl", "x.json"])
+def test_rows_that_no_reader_takes(tmp_path, name):
+    rows = ['{"prompt": "a", "completion": "b"}', '{"prompt": "a", "completion": "b", "meta": "\\ud83d"}']
+
+    def message(*changed: str) -> str:
+        text = "\n".join([*rows[:1], *changed])
+        (tmp_path / name).write_text(text if name.endswith("l") else f"[{','.join([*rows[:1], *changed])}]")
+        return refused(tmp_path / name)
+
+    second = f"{name} {'line' if name.endswith('l') else 'row'} 2"
+    assert f"{second}: \\ud83d is half of a surrogate pair, which is no character; repair" in message(rows[1])
+    assert f"{second}: \\udc00 is half" in message('{"prompt": "a", "completion": ["\\uDC00"]}')
+    assert "broken JSON (it is nested too deeply)" in message('{"prompt": ' + "[" * 5000)
+    assert "broken JSON (Exceeds the limit (4300" in message(
+        '{"prompt": "a", "completion": "b", "n": 1' + "0" * 5000 + "}"
+    )
+
+
+def test_a_whole_surrogate_pair_is_a_character(tmp_path):
+    path = tmp_path / "x.jsonl"
+    path.write_text('{"prompt": "\\ud83d\\ude00 \\\\ud83d", "completion": "b"}\n')
+    assert [row["prompt"] for row in read_texts(*find_sources([str(path)], "train", "auto"))] == ["\U0001f600 \\ud83d"]
+
+
+@pytest.mark.parametrize("name", ["x.jsonl", "x.json", "x.parquet"])
+def test_a_record_longer_than_any_context(tmp_path, monkeypatch, name):
+    monkeypatch.setattr(sources, "_LONGEST_RECORD", 100)
+    rows = [*sums(1), {"prompt": "a" * 101, "completion": "b"}]
+    write = {"x.jsonl": write_jsonl, "x.json": lambda path, rows: path.write_text(json.dumps(rows))}
+    write.get(name, lambda path, rows: datasets.Dataset.from_list(rows).to_parquet(path))(tmp_path / name, rows)
+    where = f"{name} {'line' if name == 'x.jsonl' else 'row'} 2"
+    assert f"{where}: it is longer than 64 MiB, which no model reads at once; split it" in refused(tmp_path / name)
 
 
 def test_unreadable_file(tmp_path, monkeypatch):
