@@ -9,7 +9,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
@@ -27,6 +27,7 @@ _DTYPES = PLAIN_FLOATS | {
     "BOOL": torch.bool,
 }  # fmt: skip
 _LONGEST_HEADER = 100_000_000  # bytes; the limit of the format's own reader
+_LONGEST_NAME = 255  # bytes between two slashes; Linux's file systems have no longer ones
 _WINDOW_BYTES = 128 << 10  # Linux's default limit of what one advice fetches
 
 
@@ -67,17 +68,17 @@ class TensorFiles:
             fetch: called with the names of the index's files, to put those beside it that are not there.
 
         Raises:
-            UserError: the index is damaged, or names a missing file.
+            UserError: the index is damaged, or names a missing file or one outside its folder.
         """
         self.path = path
         promised = _read_index(path) if path.name == SAFE_WEIGHTS_INDEX_NAME else {}
-        files = sorted(set(promised.values()))
-        if files:
-            fetch(files)
-        for file in files:
-            if not (path.parent / file).is_file():
+        places = {file: _place_of(file, path) for file in sorted(set(promised.values()))}
+        if places:
+            fetch(list(places))
+        for file, place in places.items():
+            if not place.is_file():
                 raise UserError(f"{path} names {file}, which is missing; copy or download it again")
-        self._promised = {name: path.parent / file for name, file in promised.items()}
+        self._promised = {name: places[file] for name, file in promised.items()}
 
     @property
     def files(self) -> list[Path]:
@@ -114,6 +115,30 @@ class TensorFiles:
     def by_name(self) -> dict[str, StoredTensor]:
         """The tensors of all files; raises as ``by_file`` does."""
         return {tensor.name: tensor for tensors in self.by_file.values() for tensor in tensors}
+
+
+def listed_file(folder: Path, name: str) -> Path:
+    """The file in ``folder`` or below it that an index or a manifest lists under ``name``.
+
+    Only the name is judged. Symbolic links in the folder are followed: the hub's cache is made of them.
+
+    Raises:
+        ValueError: the name leads out of the folder, or cannot be a file's.
+    """
+    parts = PurePosixPath(name).parts
+    if not parts or name.startswith("/") or ".." in parts:
+        raise ValueError(f"{name!r:.200} does not lie in the folder")
+    # backslashes separate folders for a reader on Windows, where the listed file would be another one
+    if "\\" in name or not name.isprintable() or max(len(part.encode()) for part in parts) > _LONGEST_NAME:
+        raise ValueError(f"{name!r:.200} is no file name")
+    return folder / name
+
+
+def _place_of(file: str, index: Path) -> Path:
+    try:
+        return listed_file(index.parent, file)
+    except ValueError as error:
+        raise UserError(f"{index} names a file that is not read: {error}; download the model again") from error
 
 
 def _read_index(path: Path) -> dict[str, str]:

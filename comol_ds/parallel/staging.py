@@ -70,13 +70,18 @@ def stage(weights: WeightFiles, folder: Path) -> tuple[Path, int]:
     """
     copy = copy_of(weights, folder)
     folder.mkdir(exist_ok=True)  # not what it lies in: a disk that is not mounted must not become a folder of another
-    with (folder / f"{copy.name}.lock").open("a") as lock:
+    # no link is followed: on a disk for everybody it could lead anywhere
+    with open(
+        folder / f"{copy.name}.lock", "a", opener=lambda path, flags: os.open(path, flags | os.O_NOFOLLOW)
+    ) as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # let go when the process ends, however it ends
         if _is_whole(copy, weights):
             return copy, 0
         partial = copy.with_name(f"{copy.name}.writing")
         for remains in (copy, partial):  # what a cleaner of old files, or a killed process, has left
-            shutil.rmtree(remains, ignore_errors=True)
+            if os.path.lexists(remains):
+                shutil.rmtree(remains)  # refuses a link
+        partial.mkdir()
         try:
             size = _write(weights, partial)
         except BaseException:
@@ -91,7 +96,7 @@ def copy_of(weights: WeightFiles, folder: Path) -> Path:
     """Where these files are copied to."""
     stats = [(file, file.stat()) for file in weights.files]
     facts = [(str(file.absolute()), stat.st_size, stat.st_mtime_ns) for file, stat in stats]
-    name = re.sub(r"[^\w.-]", "_", weights.path.absolute().parent.name)
+    name = re.sub(r"[^\w.-]", "_", weights.path.absolute().parent.name, flags=re.ASCII)[:100]
     return folder / f"{name}-{hashlib.blake2b(repr(facts).encode(), digest_size=8).hexdigest()}"
 
 

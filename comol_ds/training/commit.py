@@ -23,6 +23,7 @@ from typing import Any
 
 from comol_ds.adapters.adapter_folder import sync
 from comol_ds.errors import UserError, one_line
+from comol_ds.tensor_files import listed_file
 from comol_ds.text_files import read_json
 from comol_ds.training.generation import Generation
 
@@ -241,7 +242,10 @@ def _difference(checkpoint: Path, name: str, entry: dict[str, Any]) -> str | Non
 
 
 def _read_manifest(checkpoint: Path) -> Manifest:
-    return read_json(checkpoint / MARKER)["files"]
+    manifest: Manifest = read_json(checkpoint / MARKER)["files"]
+    for name in manifest:
+        listed_file(checkpoint, name)
+    return manifest
 
 
 def _write_synced(path: Path, content: Any) -> None:

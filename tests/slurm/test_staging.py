@@ -110,6 +110,40 @@ def test_a_copy_that_fails_leaves_nothing_behind(model, disk, monkeypatch):
     assert [path.suffix for path in disk.iterdir()] == [".lock"]
 
 
+def test_shards_in_subfolders_are_copied_into_the_copys_own(model, disk):
+    index = model / "model.safetensors.index.json"
+    listed = json.loads(index.read_text())
+    (model / "deep").mkdir()
+    for shard in set(listed["weight_map"].values()):
+        (model / shard).rename(model / "deep" / shard)
+    listed["weight_map"] = {name: f"deep/{shard}" for name, shard in listed["weight_map"].items()}
+    index.write_text(json.dumps(listed))
+    copy, _ = stage(WeightFiles(str(model)), disk)
+    assert contents(copy) == {name: content for name, content in contents(model).items() if "model" in name}
+    assert len(list((copy / "deep").iterdir())) > 2
+
+
+@pytest.mark.parametrize("suffix", ["", ".writing", ".lock"])
+def test_nothing_is_written_through_a_link_that_lies_in_the_folder(suffix, model, disk, tmp_path):
+    weights, victim = WeightFiles(str(model)), tmp_path / "victim"
+    victim.mkdir()
+    (victim / "notes.txt").write_text("mine")
+    disk.mkdir()
+    link = disk / f"{copy_of(weights, disk).name}{suffix}"
+    link.symlink_to(victim / "lock" if suffix == ".lock" else victim)
+    with pytest.raises(OSError):
+        stage(weights, disk)
+    assert contents(victim) == {"notes.txt": b"mine"}
+    link.unlink()
+    assert contents(stage(weights, disk)[0]) == weights_of(model)
+
+
+def test_a_model_folder_with_a_long_name_has_a_copy(model, disk, tmp_path):
+    model = model.rename(tmp_path / ("模" * 80))
+    copy, size = stage(WeightFiles(str(model)), disk)
+    assert size > 0 and contents(copy) == weights_of(model)
+
+
 def test_the_loader_reads_the_copy_and_only_where_the_variable_is_set(model, disk, monkeypatch):
     copy, _ = stage(WeightFiles(str(model)), disk)
 

@@ -190,6 +190,18 @@ def test_a_damaged_marker_is_a_fault(content, checkpoints):
     assert fault_of(path) == f"its {MARKER} marker is damaged"
 
 
+def test_a_marker_that_lists_a_file_elsewhere_is_a_fault(checkpoints):
+    """The file is there and has its size."""
+    path = commit_files(checkpoints, 5, *PARTS)
+    outside = checkpoints / "notes.txt"
+    outside.write_text("mine")
+    marker = json.loads((path / MARKER).read_text())
+    for name in ("../notes.txt", str(outside)):
+        content = marker | {"files": marker["files"] | {name: {"bytes": 4, "blake2b": protocol._digest(outside)}}}
+        (path / MARKER).write_text(json.dumps(content))
+        assert fault_of(path) == f"its {MARKER} marker is damaged"
+
+
 def test_a_marker_without_files_is_a_fault(checkpoints):
     path = commit_files(checkpoints, 5, *PARTS)
     for item in path.iterdir():

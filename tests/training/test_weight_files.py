@@ -14,10 +14,11 @@ import torch
 from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.utils.hub import cached_files
 
 from comol_ds.errors import UserError
 from comol_ds.layout import Shard, shard_of
-from comol_ds.parallel import weight_reader
+from comol_ds.parallel import weight_files, weight_reader
 from comol_ds.parallel.weight_files import WeightFiles
 from comol_ds.parallel.weight_names import find_weights
 from comol_ds.parallel.weight_reader import Read, read_all
@@ -284,6 +285,63 @@ def test_an_index_that_names_a_missing_file_is_refused(sharded):
     assert message_of(WeightFiles, str(sharded)) == (
         f"{sharded / INDEX} names {shard.name}, which is missing; copy or download it again"
     )
+
+
+def list_as(folder: Path, name: str) -> None:
+    """Let the index list the shard of NORM under another name."""
+    index = json.loads((folder / INDEX).read_text())
+    shard = index["weight_map"][NORM]
+    index["weight_map"] = {tensor: name if file == shard else file for tensor, file in index["weight_map"].items()}
+    (folder / INDEX).write_text(json.dumps(index))
+
+
+OUTSIDE = "does not lie in the folder"
+
+
+@pytest.mark.parametrize(
+    ("name", "fault"),
+    [
+        ("../shard.safetensors", OUTSIDE),
+        ("model-1/../../shard.safetensors", OUTSIDE),
+        ("..", OUTSIDE),
+        ("", OUTSIDE),
+        (".", OUTSIDE),
+        ("{tmp}/shard.safetensors", OUTSIDE),
+        ("..\\shard.safetensors", "is no file name"),
+        ("C:\\shard.safetensors", "is no file name"),
+        ("shard\n.safetensors", "is no file name"),
+        ("shard\ud800.safetensors", "is no file name"),
+        ("x" * 256, "is no file name"),
+    ],
+)
+def test_a_file_outside_the_models_folder_is_refused_before_anything_is_read(name, fault, sharded, monkeypatch):
+    """The file is there and whole, so only its place speaks against it."""
+    shutil.move(shard_with(sharded, NORM), sharded.parent / "shard.safetensors")
+    name = name.replace("{tmp}", str(sharded.parent))
+    list_as(sharded, name)
+    fetched = []
+
+    def fetch(model: str, names: list[str], **options: bool) -> list[str] | None:
+        fetched.append(names)
+        return cached_files(model, names, **options)
+
+    monkeypatch.setattr(weight_files, "cached_files", fetch)
+    assert message_of(WeightFiles, str(sharded)) == (
+        f"{sharded / INDEX} names a file that is not read: {name!r:.200} {fault}; download the model again"
+    )
+    assert [INDEX] in fetched and all(name not in names for names in fetched)
+
+
+def test_shards_in_subfolders_and_behind_links_are_read(sharded, expected):
+    """A hub's cache holds links to files that lie elsewhere."""
+    shard = shard_with(sharded, NORM)
+    (sharded / "deep").mkdir()
+    (sharded.parent / "blobs").mkdir()
+    (sharded / "deep" / "w.safetensors").symlink_to(shutil.move(shard, sharded.parent / "blobs" / "4d7a2146"))
+    list_as(sharded, "./deep/w.safetensors")
+    files = WeightFiles(str(sharded))
+    assert sharded / "deep" / "w.safetensors" in files.files
+    assert torch.equal(read(files, NORM, None, torch.float32), expected[NORM])
 
 
 def test_a_tensor_that_the_index_promises_and_the_file_lacks_is_named(sharded):
