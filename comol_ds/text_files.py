@@ -36,13 +36,13 @@ def parse_json(text: str | bytes, unique_keys: bool = False) -> Any:
 
 
 def read_json(path: Path, unique_keys: bool = False) -> Any:
-    """`parse_json` of a file.
+    """`parse_json` of a UTF-8 file.
 
     Raises:
         OSError: it cannot be read.
         ValueError: as `parse_json`, or more than `MAX_FILE_BYTES`.
     """
-    return parse_json(_read(path, MAX_FILE_BYTES), unique_keys)
+    return parse_json(_read(path, MAX_FILE_BYTES).decode("utf-8-sig"), unique_keys)
 
 
 def read_json_settings(path: str, flag: str, example: str) -> Any:

@@ -273,7 +273,7 @@ def test_an_index_that_the_disk_cannot_read_is_refused(sharded, monkeypatch):
     def fail(*_, **__):
         raise OSError(errno.EIO, "Input/output error")
 
-    monkeypatch.setattr(Path, "read_text", fail)
+    monkeypatch.setattr(Path, "open", fail)
     assert message_of(WeightFiles, str(sharded)) == (
         f"{sharded / INDEX} cannot be read as JSON, copy or download it again: [Errno 5] Input/output error"
     )
