@@ -1,5 +1,6 @@
 """The batch script alone, with a stub in place of the trainer: arguments, logs, requeue, and an end for good."""
 
+import os
 import shutil
 import subprocess
 import sys
@@ -156,3 +157,40 @@ def test_torchrun_ends_with_the_exit_code_of_its_ranks(tmp_path, end, code):
         [*launcher, str(free_port()), str(tmp_path / "rank.py")], capture_output=True, text=True, timeout=120
     )
     assert run.returncode == code, run.stderr[-2000:]
+
+
+SRUN = """\
+#!/bin/bash
+while [[ $1 == --* ]]; do
+    [[ $1 == --output=* ]] && output=${1#--output=}
+    shift
+done
+for node in 1 0; do
+    SLURM_NODEID=$node "$@" >"${output/\\%t/$node}" 2>&1 &
+done
+wait
+"""
+
+
+def test_torchrun_puts_its_ranks_on_the_nodes_in_slurms_order(folder, tmp_path):
+    """The second node is the faster one, and both have one name: by itself torchrun would make it the first."""
+    stubs = {"srun": SRUN, "scontrol": "#!/bin/bash\necho 127.0.0.1\n", "squeue": "#!/bin/bash\n"}
+    for name, content in stubs.items():
+        (tmp_path / name).write_text(content)
+        (tmp_path / name).chmod(0o755)
+    shutil.copytree(folder, tmp_path / "repository")
+    (tmp_path / "repository" / "launch" / "train.py").write_text(
+        'import os\nprint("rank", os.environ["RANK"], "on node", os.environ["SLURM_NODEID"])\n'
+    )
+    environment = os.environ | {
+        "PATH": os.pathsep.join([str(tmp_path), str(Path(sys.executable).parent), os.environ["PATH"]]),
+        "SLURM_JOB_ID": str(free_port()), "SLURM_JOB_NUM_NODES": "2", "SLURM_JOB_NODELIST": "n[1-2]",
+        "COMOL_PROCESSES_PER_NODE": "1", "COMOL_PREFLIGHT": "0", "COMOL_LOGS": str(tmp_path / "logs"),
+    }  # fmt: skip
+    run = subprocess.run(
+        ["bash", "launch/slurm/train_torchrun.sbatch"], cwd=tmp_path / "repository", env=environment,
+        capture_output=True, text=True, timeout=150,
+    )  # fmt: skip
+    logs = {path.name: path.read_text() for path in (tmp_path / "logs").rglob("*.log")}
+    assert run.returncode == 0, (run.stderr, logs)
+    assert all(f"rank {node} on node {node}\n" in logs[f"train_rank{node}.log"] for node in (0, 1)), logs
