@@ -13,9 +13,9 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import timedelta
-from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 import deepspeed
@@ -26,6 +26,7 @@ from deepspeed.accelerator import get_accelerator
 from comol_ds.errors import UserError
 from comol_ds.layout import RankGrid
 from comol_ds.parallel.mesh import Mesh
+from comol_ds.parallel.shared_memory import remove_abandoned_buffers, remove_own_buffers
 
 T = TypeVar("T")
 
@@ -125,6 +126,8 @@ def quiet_libraries() -> None:
 def initialize(world: World, timeout_minutes: float, tensor_parallel: int = 1) -> None:
     """Join the process group and arrange the mesh; every later wait for another rank ends after ``timeout_minutes``."""
     os.environ.update(_rendezvous(world))
+    if world.local_rank == 0 and (removed := remove_abandoned_buffers()):
+        print(f"deleted {len(removed)} buffers that killed runs have left in {removed[0].parent}", flush=True)
     timeout = timedelta(minutes=timeout_minutes)
     get_accelerator().set_device(world.local_rank)
     deepspeed.init_distributed(timeout=timeout, auto_mpi_discovery=False, verbose=False)
@@ -146,17 +149,13 @@ def mesh() -> Mesh:
 
 
 def shut_down() -> None:
-    """Leave the process group, if there is one, and delete this rank's buffers of DeepSpeed's CPU communication.
-
-    DeepSpeed leaves a file of 69 MB per rank and port in shared memory; enough runs would fill it.
-    """
+    """Leave the process group, if there is one, and delete this rank's buffers of DeepSpeed's CPU communication."""
     if not dist.is_initialized():
         return
-    buffers = f"deepspeed_*_{os.environ['MASTER_PORT']}_{dist.get_rank()}"
+    port, rank = int(os.environ["MASTER_PORT"]), dist.get_rank()
     deepspeed.comm.destroy_process_group()
     _Control.group, _Control.mesh = None, Mesh(RankGrid(0, 1))
-    for leftover in Path("/dev/shm").glob(buffers):
-        leftover.unlink(missing_ok=True)
+    remove_own_buffers(port, rank)
 
 
 def exit_process(code: int) -> NoReturn:
@@ -167,8 +166,9 @@ def exit_process(code: int) -> NoReturn:
     exception"), seen once in about 50 launches, and a run that has done all its work would count as crashed.
     """
     atexit._run_exitfuncs()
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError):  # a terminal or a pipe that is gone does not change what became of the run
+            stream.flush()
     os._exit(code)
 
 

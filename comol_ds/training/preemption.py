@@ -1,8 +1,8 @@
 """Runs that are asked to stop: they finish the step, save, and end with exit code 75, to be started again.
 
-Who may ask: SIGTERM, SIGINT and SIGUSR1 to any rank, a file STOP in the run folder, --max_hours, and the end of the
-SLURM job. Each rank knows only what has reached it; `comol_ds.training.step.train_step` adds the requests up, so that
-all ranks stop after the same step.
+Who may ask: SIGTERM, SIGINT, SIGUSR1 and SIGHUP to any rank, a file STOP in the run folder, --max_hours, and the end of
+the SLURM job. Each rank knows only what has reached it; `comol_ds.training.step.train_step` adds the requests up, so
+that all ranks stop after the same step. SIGHUP means that the terminal is gone; under nohup a run ignores it.
 
 Every rank ends with 75; what a user sees depends on the launcher (measured: deepspeed 0.19, torch 2.13). srun passes 75
 on. `deepspeed` does so for the STOP file, the time limits and a signal to a rank. A SIGTERM to its child, the process
@@ -16,17 +16,51 @@ import signal
 import sys
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
+from typing import Any, TextIO
 
 from comol_ds.config import RunSettings
 from comol_ds.parallel.groups import World, barrier, gather_objects, job_end_time
 from comol_ds.training.commit import MARKER
 
 _ENDS_AT_ONCE = (signal.SIGTERM, signal.SIGINT)  # as a second one
-_SIGNALS = (*_ENDS_AT_ONCE, signal.SIGUSR1)
+_SIGNALS = (*_ENDS_AT_ONCE, signal.SIGUSR1, signal.SIGHUP)
 # A terminal's Ctrl-C reaches every rank and its launcher, which forwards it: one request, two signals.
 _ONE_REQUEST_SECONDS = 2.0
+
+
+class LastingOutput:
+    """From now on what is printed after the terminal, or the command that a pipe leads to, has gone is lost in silence.
+
+    Otherwise the next line printed would be an OSError, and the end of a run that was about to save.
+    """
+
+    def __init__(self) -> None:
+        self._old = sys.stdout, sys.stderr
+        sys.stdout, sys.stderr = (_Lasting(stream) for stream in self._old)
+
+    def restore(self) -> None:
+        """Give the streams back to whom they belonged."""
+        sys.stdout, sys.stderr = self._old
+
+
+class _Lasting:
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        with suppress(OSError):
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with suppress(OSError):
+            self._stream.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
 
 
 class StopSignals:
@@ -45,8 +79,10 @@ class StopSignals:
         self._last_end: float | None = None
         self._read, self._write = os.pipe()
         os.set_blocking(self._write, False)
-        self._old = {number: signal.signal(number, _note) for number in _SIGNALS}
-        for number in _SIGNALS:
+        under_nohup = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+        self._numbers = [number for number in _SIGNALS if not (number == signal.SIGHUP and under_nohup)]
+        self._old = {number: signal.signal(number, _note) for number in self._numbers}
+        for number in self._numbers:
             signal.siginterrupt(number, False)
         self._old_wakeup = signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
         _Installed.now = self
@@ -58,7 +94,7 @@ class StopSignals:
 
     def ignore(self) -> None:
         """From now on the process ends by itself: a launcher that ends its ranks must not change their exit code."""
-        self._end(dict.fromkeys(_SIGNALS, signal.SIG_IGN))
+        self._end(dict.fromkeys(self._numbers, signal.SIG_IGN))
 
     def _end(self, handlers: dict) -> None:
         if _Installed.now is not self:
@@ -72,7 +108,7 @@ class StopSignals:
     def _listen(self) -> None:
         while numbers := os.read(self._read, 64):
             for number in numbers:
-                if number in _SIGNALS:
+                if number in self._numbers:
                     self._take(signal.Signals(number))
         os.close(self._read)
 
@@ -104,9 +140,9 @@ def _forget_in_child() -> None:
     """A forked process, such as one of a pool that tokenizes, must end on SIGTERM, and not tell its parent."""
     if _Installed.now is None:
         return
-    _Installed.now = None
+    numbers, _Installed.now = _Installed.now._numbers, None
     signal.set_wakeup_fd(-1)
-    for number in _SIGNALS:
+    for number in numbers:
         signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
 
 
@@ -165,6 +201,7 @@ class StopRequests:
         self._world = world
         self._file = folder / "STOP"
         self._signals = StopSignals(speaks=world.rank == 0)
+        self._output = LastingOutput()
         self.clock = Clock(settings.max_hours, job_end_time(), settings.stop_margin_minutes * 60, checkpoints)
 
     def __enter__(self) -> "StopRequests":
@@ -173,6 +210,7 @@ class StopRequests:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._output.restore()
         self._signals.restore()
 
     def came(self) -> bool:

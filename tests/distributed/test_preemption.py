@@ -198,6 +198,7 @@ def test_tensor_and_data_parallel_ranks_agree_on_a_signal_to_the_last_of_them(fo
         pytest.param(signal.SIGTERM, marks=pytest.mark.exhaustive),
         pytest.param(signal.SIGINT, marks=pytest.mark.exhaustive),
         pytest.param(signal.SIGUSR1, marks=pytest.mark.exhaustive),
+        pytest.param(signal.SIGHUP, marks=pytest.mark.exhaustive),
     ],
     ids=lambda number: number.name,
 )

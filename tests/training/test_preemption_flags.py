@@ -2,10 +2,13 @@
 
 import ctypes
 import os
+import pty
 import signal
+import sys
 import time
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
+from pathlib import Path
 
 import pytest
 
@@ -32,7 +35,7 @@ def comes(condition) -> bool:
     return condition()
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP])
 def test_a_signal_is_noted_and_nothing_else(number, signals):
     os.kill(os.getpid(), number)
     assert comes(lambda: signals.first == number.name)
@@ -47,11 +50,49 @@ def test_the_terminal_and_the_launcher_that_forwards_its_signal_are_one_request(
 
 
 def test_handlers_go_back_to_who_had_them():
-    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)]
+    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
+    before = [signal.getsignal(number) for number in numbers]
     taken = StopSignals()
     taken.restore()
-    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)] == before
+    assert [signal.getsignal(number) for number in numbers] == before
     assert signal.set_wakeup_fd(-1) == -1
+
+
+def stop_with_its_terminal(folder: Path) -> None:
+    """Note what comes when the terminal goes, go on printing as a run that saves does, and leave word."""
+    with StopRequests(folder, folder / "checkpoints", RunSettings(), World(0, 1, 0)) as requests:
+        (folder / "ready").touch()
+        came = comes(requests.came)
+        print("saved", flush=True)
+        print("saved", file=sys.stderr, flush=True)
+        (folder / "reason").write_text(f"{came} {requests.reason}")
+
+
+def test_a_run_whose_terminal_is_closed_saves_although_nobody_reads_what_it_prints(tmp_path):
+    child, terminal = pty.fork()
+    if child == 0:
+        sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", closefd=False)
+        stop_with_its_terminal(tmp_path)
+        os._exit(0)
+    assert comes((tmp_path / "ready").exists)
+    os.close(terminal)
+    assert os.waitpid(child, 0)[1] == 0
+    assert (tmp_path / "reason").read_text() == "True SIGHUP on rank 0"
+
+
+def test_under_nohup_a_closed_terminal_stops_nothing():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    taken = StopSignals()
+    try:
+        os.kill(os.getpid(), signal.SIGHUP)
+        time.sleep(0.1)
+        assert taken.first is None
+        os.kill(os.getpid(), signal.SIGUSR1)
+        assert comes(lambda: taken.first == "SIGUSR1")
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        taken.restore()
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_a_forked_process_ends_on_sigterm_and_does_not_tell_its_parent(signals):
