@@ -9,6 +9,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from comol_ds.errors import UserError, one_line
+from comol_ds.evaluation.greedy import as_ids, plain_generation
 from comol_ds.export.source import AdapterSource, find_adapter
 from comol_ds.router_load.counting import VALIDATION
 from comol_ds.router_load.tracking import track_router_load
@@ -73,6 +74,7 @@ def generate(
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[str],
     tasks: Sequence[str] | None = None,
+    max_new_tokens: int = 64,
     **generation_options: Any,
 ) -> tuple[list[str], dict[str, Any]]:
     """Answer a batch of prompts, and say what the routers did.
@@ -84,7 +86,10 @@ def generate(
         model, tokenizer: from `load_for_inference`.
         prompts: texts; padded on the left, and padding is not counted.
         tasks: a label per prompt, to count each task apart.
-        generation_options: for model.generate, such as max_new_tokens; greedy without any.
+        max_new_tokens: longest answer, in tokens.
+        generation_options: for model.generate. Without any it is greedy and takes nothing from the base's
+            generation_config.json but the tokens that end an answer; with do_sample=True the base's other settings hold
+            where none is given here.
 
     Returns:
         The answers without their prompts, and the router statistics over the tokens of prompts and answers, {"tokens":
@@ -98,10 +103,11 @@ def generate(
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     batch = tokenizer(list(prompts), return_tensors="pt", padding=True, padding_side="left").to(model.device)
-    options = {"do_sample": False, "pad_token_id": tokenizer.pad_token_id} | generation_options
-    ids = model.generate(**batch, **options)
+    with plain_generation(model, tokenizer, keeps_own=bool(generation_options.get("do_sample"))) as ends:
+        ids = model.generate(**batch, max_new_tokens=max_new_tokens, **generation_options)
+        ends = as_ids(generation_options.get("eos_token_id", ends))
     written = ids[:, batch["input_ids"].shape[1] :]
-    mask = torch.cat([batch["attention_mask"], _until_end(written, model)], dim=1)
+    mask = torch.cat([batch["attention_mask"], _until_end(written, ends)], dim=1)
     with track_router_load(model, tasks=sorted(set(tasks or ()))) as load:
         if tasks is not None:
             load.label_rows(tasks)
@@ -110,8 +116,7 @@ def generate(
     return tokenizer.batch_decode(written, skip_special_tokens=True), statistics
 
 
-def _until_end(written: torch.Tensor, model: PeftModel) -> torch.Tensor:
-    """written [B, T] -> mask [B, T], 1 up to each row's first end-of-sequence token and there."""
-    ends = torch.tensor(model.generation_config.eos_token_id or [], device=written.device)
-    is_end = torch.isin(written, ends).long()
+def _until_end(written: torch.Tensor, ends: list[int]) -> torch.Tensor:
+    """written [B, T] -> mask [B, T], 1 up to each row's first id of ``ends`` and there."""
+    is_end = torch.isin(written, torch.tensor(ends, device=written.device)).long()
     return ((is_end.cumsum(1) - is_end) == 0).long()

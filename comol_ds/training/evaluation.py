@@ -5,9 +5,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import GenerationConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from comol_ds.data.tokenization import IGNORED
+from comol_ds.evaluation.greedy import plain_generation
 from comol_ds.parallel.assemble import Assembled
 from comol_ds.parallel.groups import sum_over_data_parallel
 from comol_ds.router_load.counting import VALIDATION
@@ -103,17 +104,10 @@ def _add_matches(
     max_new_tokens: int,
     device: torch.device,
 ) -> None:
-    prompt = batch["input_ids"].to(device)
-    greedy = GenerationConfig(
-        max_new_tokens=max_new_tokens,
-        do_sample=False,
-        use_cache=True,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    mask = batch["attention_mask"].to(device)
-    with assembled.vocabulary.whole_logits():
-        output = assembled.engine.module.generate(input_ids=prompt, attention_mask=mask, generation_config=greedy)
+    prompt, mask = batch["input_ids"].to(device), batch["attention_mask"].to(device)
+    model = assembled.engine.module
+    with plain_generation(model, tokenizer), assembled.vocabulary.whole_logits():
+        output = model.generate(input_ids=prompt, attention_mask=mask, max_new_tokens=max_new_tokens)
     answers = tokenizer.batch_decode(output[:, prompt.shape[1] :], skip_special_tokens=True)
     for task, answer, reference in zip(batch["tasks"], answers, batch["references"], strict=True):
         if reference is not None:

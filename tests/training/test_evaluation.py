@@ -6,7 +6,7 @@ from collections import defaultdict
 import datasets
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GenerationConfig
 
 from comol_ds.config import AdapterSettings
 from comol_ds.data.batches import EvalBatches, generation_batches
@@ -16,6 +16,7 @@ from comol_ds.parallel.vocabulary import Vocabulary
 from comol_ds.training.evaluation import Evaluation, TaskScore, comparison_table, evaluate
 from comol_ds.training.router_load import RouterLoad
 from tests.data.data_helpers import sums, tiny_tokenizer
+from tests.hostile_generation import hostile_values
 from tests.tiny_models import FAMILIES
 
 NEW_TOKENS = 4
@@ -131,6 +132,19 @@ def test_loss_and_exact_match(batch_size, model, records):
     # rows 1, 3, 5 of the 7 short ones, and 7, 9 of the 4 others
     assert matches == {"short": (3 / 7, 7), "other": (2 / 4, 4), "all": (5 / 11, 11)}
     assert model.training  # left as training wants it
+
+
+def test_exact_match_obeys_nothing_of_the_bases_generation_configuration(model, records):
+    plain = score(model, records, 4, prompts=None)
+    base, kept = model.get_base_model(), model.get_base_model().generation_config
+    base.generation_config = GenerationConfig.from_dict(kept.to_dict())
+    for name, value in hostile_values(base.generation_config):
+        setattr(base.generation_config, name, value)
+    try:
+        assert score(model, records, 4, prompts=None) == plain
+        assert plain.overall.exact_match == 5 / 11
+    finally:
+        base.generation_config = kept
 
 
 def test_a_bounded_number_of_answers_comes_from_every_task(model, records):

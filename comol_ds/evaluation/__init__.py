@@ -1,0 +1,1 @@
+"""How answers are generated and judged, in a run and after it."""
