@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import datasets
@@ -19,8 +20,8 @@ from transformers import PreTrainedTokenizerBase
 from comol_ds.config import DataSettings
 from comol_ds.data.sources import Source, find_sources
 from comol_ds.data.templates import PromptTemplate, resolve_template
-from comol_ds.data.token_cache import token_stream, tokenized, user_errors
-from comol_ds.data.tokenization import RecordTokenizer, check_chat_template, first_line
+from comol_ds.data.token_cache import stamp_of, token_stream, tokenized, user_errors
+from comol_ds.data.tokenization import TOKEN_FEATURES, RecordTokenizer, check_chat_template, first_line
 from comol_ds.errors import UserError
 
 STREAM_PROBE = 1000  # records of a stream that are checked before the run
@@ -32,7 +33,8 @@ _HOLD_OUT, _MIX, _LIMIT_TRAIN, _LIMIT_VALIDATION = range(4)
 class DataReport:
     """What was read, cut and dropped; counts of records unless said otherwise.
 
-    `probed` says that only the first records of a stream were counted.
+    `probed` says that only the first records of a stream were counted. `stamps`: flag and name of every data set ->
+    what another content would change, see `token_cache.Tokenized`.
     """
 
     max_length: int
@@ -45,6 +47,7 @@ class DataReport:
     train_tokens: int | None = None
     trained_tokens: int | None = None
     tasks: dict[str, int] = field(default_factory=dict)
+    stamps: dict[str, str] = field(default_factory=dict)
 
     def summary(self) -> str:
         """One line for the log."""
@@ -94,7 +97,7 @@ def prepare_data(settings: DataSettings, tokenizer: PreTrainedTokenizerBase, see
     sources = find_sources(settings.dataset, settings.dataset_split, settings.dataset_format, settings.streaming)
     _check_templates(sources, tokenizer)
     report = DataReport(settings.max_length, probed=settings.streaming)
-    evaluation = _evaluation(settings, encode, tokenizer)
+    evaluation = _evaluation(settings, encode, tokenizer, report.stamps)
     if settings.streaming:
         train: datasets.Dataset | datasets.IterableDataset = _stream(sources, encode, settings, seed, report)
     else:
@@ -120,17 +123,18 @@ def validation_records(settings: DataSettings, tokenizer: PreTrainedTokenizerBas
     if not settings.eval_dataset:
         return prepare_data(settings, tokenizer, seed).validation
     encode = RecordTokenizer(tokenizer, settings.max_length, settings.train_on_prompt)
-    records = datasets.concatenate_datasets(_evaluation(settings, encode, tokenizer))
+    records = datasets.concatenate_datasets(_evaluation(settings, encode, tokenizer, stamps={}))
     return _limit(records, settings.max_eval_records, seed, _LIMIT_VALIDATION)
 
 
 def _evaluation(
-    settings: DataSettings, encode: RecordTokenizer, tokenizer: PreTrainedTokenizerBase
+    settings: DataSettings, encode: RecordTokenizer, tokenizer: PreTrainedTokenizerBase, stamps: dict[str, str]
 ) -> list[datasets.Dataset]:
-    """The usable records of every --eval_dataset."""
+    """The usable records of every --eval_dataset, whose stamps are added."""
     sources = find_sources(settings.eval_dataset or [], "validation", settings.dataset_format)
     _check_templates(sources, tokenizer)
-    return [_read(group, encode, settings, DataReport(settings.max_length)) for group in sources]
+    counts = DataReport(settings.max_length, stamps=stamps)
+    return [_read(group, encode, settings, counts, "eval_dataset") for group in sources]
 
 
 def _check_templates(sources: list[tuple[Source, ...]], tokenizer: PreTrainedTokenizerBase) -> None:
@@ -140,10 +144,16 @@ def _check_templates(sources: list[tuple[Source, ...]], tokenizer: PreTrainedTok
 
 
 def _read(
-    sources: tuple[Source, ...], encode: RecordTokenizer, settings: DataSettings, report: DataReport
+    sources: tuple[Source, ...],
+    encode: RecordTokenizer,
+    settings: DataSettings,
+    report: DataReport,
+    flag: str = "dataset",
 ) -> datasets.Dataset:
-    """The usable records of one data set; counts go to the report."""
-    data = tokenized(sources, encode, settings.preprocessing_num_workers, settings.overwrite_cache)
+    """The usable records of one data set, which a flag named; counts and the stamp go to the report."""
+    found = tokenized(sources, encode, settings.preprocessing_num_workers, settings.overwrite_cache)
+    data = found.records
+    report.stamps[f"{flag} {_label(sources)}"] = found.stamp
     trained = np.asarray(data["trained_tokens"][:])
     report.read += len(data)
     report.dropped += int((trained == 0).sum())
@@ -162,6 +172,9 @@ def _stream(
         stream = token_stream(group, encode)
         with user_errors():
             head = list(islice(stream, STREAM_PROBE))
+        size = sum(Path(source.path).stat().st_size for source in group if not source.is_hub)
+        stamp = stamp_of(datasets.Dataset.from_list(head, features=TOKEN_FEATURES))
+        report.stamps[f"dataset {_label(group)}"] = f"{size} bytes, first {stamp}"
         empty = np.array([record["trained_tokens"] == 0 for record in head])
         lengths = np.array([record["prompt_length"] for record in head])
         report.read += len(head)
@@ -214,8 +227,12 @@ def _check_dropped(
 
 
 def _name(sources: tuple[Source, ...]) -> str:
+    return f"data set {_label(sources)}"
+
+
+def _label(sources: tuple[Source, ...]) -> str:
     others = f" and {len(sources) - 1} more" if len(sources) > 1 else ""
-    return f"data set {sources[0].path!r}{others}"
+    return f"{sources[0].path!r}{others}"
 
 
 def _hold_out(

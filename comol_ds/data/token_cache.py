@@ -2,27 +2,27 @@
 
 A folder per data set under the datasets cache (HF_DATASETS_CACHE), named by a hash of all that decides its content:
 the files with size and time of change, the format, the tokenizer, the length and the code that reads and tokenizes.
-It appears by one rename, so processes that build the same one at the same time cannot harm each other.
+`comol_ds.data.verified_folder` keeps the folders.
 """
 
 import hashlib
 import inspect
 import json
-import os
-import shutil
-import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import datasets
+from pyarrow import compute
 
 from comol_ds.data import formats, tokenization
 from comol_ds.data import sources as source_files
 from comol_ds.data.sources import TEXT_FEATURES, Source, read_texts
 from comol_ds.data.tokenization import TOKEN_FEATURES, RecordTokenizer, tokenizer_fingerprint
+from comol_ds.data.verified_folder import open_folder
 from comol_ds.errors import UserError
 
 # What was cached since is the work of this run, maybe of another rank: overwrite_cache concerns older results.
@@ -30,10 +30,21 @@ _RUN_STARTED = time.time()
 _SHOW_PROGRESS_FROM = 50_000  # records; fewer take seconds
 
 
-def tokenized(
-    sources: tuple[Source, ...], encode: RecordTokenizer, workers: int | None, overwrite: bool
-) -> datasets.Dataset:
-    """The records of one data set as `TOKEN_FEATURES`, from the cache or built into it.
+@dataclass(frozen=True)
+class Tokenized:
+    """The records of one data set.
+
+    Attributes:
+        records: with the columns of `TOKEN_FEATURES`.
+        stamp: their number and a checksum of their tokens and labels: the same wherever the same is trained.
+    """
+
+    records: datasets.Dataset
+    stamp: str
+
+
+def tokenized(sources: tuple[Source, ...], encode: RecordTokenizer, workers: int | None, overwrite: bool) -> Tokenized:
+    """The records of one data set, from the cache or built into it.
 
     Args:
         sources: the files of the data set.
@@ -46,19 +57,29 @@ def tokenized(
     """
     root = Path(datasets.config.HF_DATASETS_CACHE) / "comol_ds"
     key = _key(sources, encode)
-    folder = root / key
-    if not folder.exists() or (overwrite and folder.stat().st_mtime < _RUN_STARTED):
-        try:
-            root.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=root, prefix="building-") as scratch:
-                _build(sources, encode, workers, Path(scratch), key)
-                _publish(Path(scratch) / "tokens", folder, overwrite)
-        except OSError as error:
-            raise UserError(
-                f"cannot write tokenized data under {root} ({error.strerror or error}); "
-                "set HF_DATASETS_CACHE to a folder with space"
-            ) from error
-    return datasets.load_from_disk(str(folder))
+    try:
+        folder, facts = open_folder(
+            root,
+            key,
+            lambda built, scratch: _build(sources, encode, workers, built, scratch, key),
+            lambda folder: overwrite and folder.stat().st_mtime < _RUN_STARTED,
+        )
+    except OSError as error:
+        raise UserError(
+            f"cannot write tokenized data under {root} ({error.strerror or error}); "
+            "set HF_DATASETS_CACHE to a folder with space"
+        ) from error
+    return Tokenized(datasets.load_from_disk(str(folder)), facts["stamp"])
+
+
+def stamp_of(records: datasets.Dataset) -> str:
+    """`Tokenized.stamp` of records."""
+    checksum = hashlib.blake2b(digest_size=8)
+    for batch in records.with_format("arrow").iter(batch_size=1000):
+        for name in ("input_ids", "labels"):
+            for values in (compute.list_value_length(batch[name]), compute.list_flatten(batch[name])):
+                checksum.update(values.to_numpy().astype("<i4").tobytes())
+    return f"{len(records)} records, {checksum.hexdigest()}"
 
 
 def token_stream(sources: tuple[Source, ...], encode: RecordTokenizer) -> datasets.IterableDataset:
@@ -96,7 +117,10 @@ def _key(sources: tuple[Source, ...], encode: RecordTokenizer) -> str:
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
 
 
-def _build(sources: tuple[Source, ...], encode: RecordTokenizer, workers: int | None, scratch: Path, key: str) -> None:
+def _build(
+    sources: tuple[Source, ...], encode: RecordTokenizer, workers: int | None, built: Path, scratch: Path, key: str
+) -> dict[str, Any]:
+    """Tokenize into the folder ``built``, with temporary files in ``scratch``; see `open_folder`."""
     with _progress_bars(False), user_errors():
         texts = datasets.Dataset.from_generator(
             read_texts,
@@ -117,18 +141,8 @@ def _build(sources: tuple[Source, ...], encode: RecordTokenizer, workers: int | 
             desc="tokenize",
         )
     with _progress_bars(False):
-        tokens.save_to_disk(str(scratch / "tokens"))
-
-
-def _publish(built: Path, folder: Path, overwrite: bool) -> None:
-    if overwrite and folder.exists() and folder.stat().st_mtime < _RUN_STARTED:
-        shutil.rmtree(folder)
-    try:
-        os.replace(built, folder)
-    except OSError:
-        # Another process was faster: its result has the same key, so the same content.
-        if not folder.exists():
-            raise
+        tokens.save_to_disk(str(built))
+    return {"stamp": stamp_of(tokens)}
 
 
 @contextmanager

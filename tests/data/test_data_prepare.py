@@ -143,7 +143,7 @@ def builds(monkeypatch):
     """Counts how often something was tokenized instead of found."""
     built = []
     real = token_cache._build
-    monkeypatch.setattr(token_cache, "_build", lambda *args: (built.append(args), real(*args)))
+    monkeypatch.setattr(token_cache, "_build", lambda *args: (built.append(args), real(*args))[1])
     return built
 
 
@@ -162,9 +162,11 @@ def test_cache_is_hit_by_the_same_and_missed_by_anything_else(two_sets, builds):
 
 
 def test_more_workers_give_the_same_tokens(two_sets, builds, tmp_path, monkeypatch):
-    alone = prepare(*two_sets).train.to_dict()
+    alone = prepare(*two_sets)
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "another_cache")
-    assert prepare(*two_sets, preprocessing_num_workers=2).train.to_dict() == alone
+    shared = prepare(*two_sets, preprocessing_num_workers=2)
+    assert shared.train.to_dict() == alone.train.to_dict()
+    assert shared.report.stamps == alone.report.stamps
     assert len(builds) == 4
 
 
@@ -175,28 +177,54 @@ def test_cache_notices_a_changed_file(two_sets, builds):
     assert len(builds) == 2
 
 
+def test_stamps_change_with_what_is_trained_and_with_nothing_else(two_sets, tmp_path):
+    """Neither with the time of the file, nor with rows that are written in another way."""
+    small, name = Path(two_sets[0]), f"dataset {two_sets[0]!r}"
+    first = prepare(two_sets[0], eval_dataset=[two_sets[1]]).report.stamps
+    assert first.keys() == {name, f"eval_dataset {two_sets[1]!r}"}
+    assert first[name].startswith("40 records, ")
+    small.write_text(small.read_text().replace('": "', '":  "'))
+    assert prepare(two_sets[0], eval_dataset=[two_sets[1]]).report.stamps == first
+    swapped = sums(40)
+    swapped[3], swapped[4] = swapped[4], swapped[3]
+    write_jsonl(small, swapped)
+    second = prepare(two_sets[0], eval_dataset=[two_sets[1]]).report.stamps
+    assert second[name] != first[name]
+    assert {**second, name: first[name]} == first
+    assert prepare(two_sets[0], train_on_prompt=True).report.stamps[name] != second[name]
+
+
+def test_stamps_of_streams_are_their_first_records_and_the_files_size(two_sets, tmp_path):
+    options = {"streaming": True, "eval_dataset": [two_sets[1]]}
+    first = prepare(two_sets[0], **options).report.stamps
+    size = Path(two_sets[0]).stat().st_size
+    assert first[f"dataset {two_sets[0]!r}"].startswith(f"{size} bytes, first 40 records, ")
+    assert prepare(two_sets[0], **options).report.stamps == first
+
+
 def test_overwrite_cache_replaces_results_from_before_the_run_once(two_sets, builds, monkeypatch):
     prepare(two_sets[0])
     prepare(two_sets[0], overwrite_cache=True)
     assert len(builds) == 1  # what this run, or another rank of it, has just made
-    (folder,) = (datasets.config.HF_DATASETS_CACHE / "comol_ds").iterdir()
+    (folder,) = (path for path in (datasets.config.HF_DATASETS_CACHE / "comol_ds").iterdir() if path.is_dir())
     os.utime(folder, (0, 0))
     prepare(two_sets[0], overwrite_cache=True)
     prepare(two_sets[0], overwrite_cache=True)
     assert len(builds) == 2
-    assert [path.name for path in folder.parent.iterdir()] == [folder.name]
+    assert {path.name for path in folder.parent.iterdir()} == {folder.name, f"{folder.name}.lock"}
 
 
-def test_a_faster_process_wins(two_sets, monkeypatch):
-    real = token_cache._build
-
-    def build_twice(*args):
-        monkeypatch.setattr(token_cache, "_build", real)
-        prepare(two_sets[0])
-        real(*args)
-
-    monkeypatch.setattr(token_cache, "_build", build_twice)
-    assert prepare(two_sets[0]).report.read == 40
+def test_damaged_tokens_are_not_trained_but_built_again(two_sets, builds, capsys):
+    first = prepare(two_sets[0])
+    expected = first.train.to_dict()
+    (tokens,) = (datasets.config.HF_DATASETS_CACHE / "comol_ds").glob("*/*.arrow")
+    with tokens.open("r+b") as file:
+        file.seek(tokens.stat().st_size // 2)
+        file.write(bytes(200))
+    again = prepare(two_sets[0])
+    assert again.train.to_dict() == expected and again.report == first.report
+    assert len(builds) == 2
+    assert f"(the content of {tokens.name} has changed) and is built again\n" in capsys.readouterr().out
 
 
 def test_unwritable_cache_is_a_user_error(two_sets, tmp_path, monkeypatch):
