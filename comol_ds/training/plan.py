@@ -21,6 +21,7 @@ from comol_ds.parallel.start_adapter import check_start_adapter
 from comol_ds.parallel.tp_plan import check_placement, place_linears
 from comol_ds.parallel.zero_config import check_quantized
 from comol_ds.parallel.zero_partition import count_parameters
+from comol_ds.training.packing_check import check_packing
 from comol_ds.training.resume import Resume, RunIdentity, plan_resume
 from comol_ds.training.run_folder import RunFolder
 
@@ -64,6 +65,7 @@ def plan_run(config: RunConfig, world: World) -> RunPlan:
     check_report_to(config.run.report_to)
     model = preview_model(config.model.model_name_or_path)
     check_tensor_parallel(model, config)
+    check_packing(model.config, config)
     check_tokenizer(model, config.model)
     check_activations(model, config.model, grid.tensor_parallel)
     trainable, everything = preview_parameters(model, config)

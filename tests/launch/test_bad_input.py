@@ -7,7 +7,7 @@ from dataclasses import asdict
 
 import pytest
 from deepspeed.accelerator import get_accelerator
-from transformers import AutoModelForCausalLM, GPT2Config
+from transformers import AutoModelForCausalLM, GPT2Config, OPTConfig
 
 from comol_ds.config_parser import parse_run_config
 from comol_ds.parallel.groups import World
@@ -200,6 +200,14 @@ def test_model_that_cannot_be_split(message, inputs, two_ranks, monkeypatch):
     AutoModelForCausalLM.from_config(GPT2Config(n_embd=32, n_layer=1, n_head=4)).save_pretrained(inputs.folder / "gpt2")
     found = message("--tensor_parallel_size", "2", model_name_or_path=inputs.folder / "gpt2")
     assert found.startswith("model type 'gpt2' has no tensor-parallel plan; write one like {")
+
+
+def test_packing_of_a_model_whose_records_leak(message, inputs):
+    OPTConfig(vocab_size=96, hidden_size=32, ffn_dim=48, num_hidden_layers=1, num_attention_heads=4).save_pretrained(
+        inputs.folder / "opt"
+    )
+    found = message("--packing", model_name_or_path=inputs.folder / "opt")
+    assert found.startswith("--packing with model type 'opt': the record before it in a row changes"), found
 
 
 def test_plan_file_that_would_compute_nonsense(message, inputs, two_ranks):
