@@ -28,6 +28,9 @@ class ModelSettings:
 
     model_name_or_path: str | None = option(None, "Model folder or hub name. None: the embedded default.")
     tokenizer_name: str | None = option(None, "Folder or hub name of the tokenizer. None: the model's.")
+    trust_remote_code: bool = option(
+        False, "Run the Python code that model and tokenizer bring along. Without it, such a model is refused."
+    )
     init_random: bool = option(
         False, "Draw the base's weights instead of reading them: --model_name_or_path needs a config.json only."
     )

@@ -6,6 +6,7 @@ Exit codes: 0 done, 2 bad input, or a fault that --check has found (a line each 
 import sys
 
 from comol_ds.errors import UserError
+from comol_ds.terminal import never_ask
 
 
 def main(argv: list[str]) -> int:
@@ -21,4 +22,5 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
+    never_ask()
     sys.exit(main(sys.argv[1:]))

@@ -17,6 +17,9 @@ def main(argv: list[str]) -> int:
     from comol_ds.config_parser import parse_run_config
     from comol_ds.errors import UserError
     from comol_ds.planner.command import DEFAULTS, plan_run, split_flags
+    from comol_ds.terminal import never_ask
+
+    never_ask()
 
     try:
         options, flags = split_flags(argv)

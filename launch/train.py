@@ -11,6 +11,7 @@ from comol_ds import demo
 from comol_ds.config_parser import parse_run_config
 from comol_ds.errors import UserError
 from comol_ds.parallel.groups import World, exit_process, read_world
+from comol_ds.terminal import never_ask
 
 EXIT_BAD_INPUT = 2
 EXIT_START_AGAIN = 75  # EX_TEMPFAIL of sysexits.h
@@ -44,4 +45,5 @@ def tell(error: UserError, world: World | None) -> None:
 
 
 if __name__ == "__main__":
+    never_ask()
     exit_process(main(sys.argv[1:]))

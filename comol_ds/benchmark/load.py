@@ -121,7 +121,7 @@ def table(result: dict) -> str:
 
 def _shapes(settings: LlamaConfig) -> dict[str, torch.Size]:
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(settings)
+        model = AutoModelForCausalLM.from_config(settings, trust_remote_code=False)
     return {name: parameter.shape for name, parameter in model.named_parameters()}
 
 

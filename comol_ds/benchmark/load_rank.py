@@ -62,7 +62,9 @@ def load_with_comol_ds(config: RunConfig) -> torch.nn.Module:
 
 def load_with_transformers(config: RunConfig) -> torch.nn.Module:
     hf_ds_config = HfDeepSpeedConfig(_DS_CONFIG)
-    base = AutoModelForCausalLM.from_pretrained(config.model.model_name_or_path, dtype=torch.bfloat16)
+    base = AutoModelForCausalLM.from_pretrained(
+        config.model.model_name_or_path, dtype=torch.bfloat16, trust_remote_code=False
+    )
     model = attach_adapter(base, config.adapter, config.run.seed)
     del hf_ds_config  # it lives until here: transformers finds it through a weak reference
     return model

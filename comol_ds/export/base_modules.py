@@ -5,9 +5,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
 
-from comol_ds.errors import UserError, one_line
+from comol_ds.base_config import NO_OWN_CODE, build_base, read_base_config
 
 
 @dataclass(frozen=True)
@@ -35,16 +34,12 @@ def read_base_modules(base: str | os.PathLike) -> BaseModules:
     Raises:
         UserError: it is no causal language model that transformers knows.
     """
-    try:
-        config = AutoConfig.from_pretrained(base)
-        architectures = config.architectures  # before from_config, which fills in its own
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config)
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"base model {os.fspath(base)!r} cannot be read; give the folder of the model the adapter was trained on:"
-            f" {one_line(error, limit=300)}"
-        ) from error
+    where = f"base model {os.fspath(base)!r}"
+    remedy = "give the folder of the model the adapter was trained on"
+    config = read_base_config(os.fspath(base), False, where, remedy=remedy, own_code=NO_OWN_CODE)
+    architectures = config.architectures  # before from_config, which fills in its own
+    with torch.device("meta"):
+        model = build_base(config, False, where)
     text = config.get_text_config()
     return BaseModules(
         sizes={name: sizes for name, module in model.named_modules() if (sizes := _sizes(module))},

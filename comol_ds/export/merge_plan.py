@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, PretrainedConfig
+from transformers import PretrainedConfig
 
-from comol_ds.errors import UserError, one_line
+from comol_ds.base_config import NO_OWN_CODE, read_base_config
+from comol_ds.errors import UserError
 from comol_ds.export.source import weights_in
 from comol_ds.export.static_lora import StaticLora
 from comol_ds.tensor_files import PLAIN_FLOATS, StoredTensor, TensorFiles
@@ -120,10 +121,7 @@ def _check(tensor: StoredTensor, shape: tuple[int, ...], name: str) -> None:
 def _read_config(base: Path) -> PretrainedConfig:
     if not (base / "config.json").is_file():
         raise UserError(f"{base} has no config.json; give the folder of a model in transformers' format")
-    try:
-        config = AutoConfig.from_pretrained(base)
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"{base / 'config.json'} cannot be read: {one_line(error, limit=300)}") from error
+    config = read_base_config(str(base), False, f"base model {base}", own_code=NO_OWN_CODE)
     for part in (config, config.get_text_config()):
         if quantization := getattr(part, "quantization_config", None):
             method = quantization.get("quant_method") if isinstance(quantization, dict) else None

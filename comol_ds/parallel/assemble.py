@@ -4,7 +4,6 @@ load -> checkpointing and leaf modules -> engine.
 
 import math
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,16 +11,17 @@ import deepspeed
 import torch
 from accelerate import init_empty_weights
 from peft import PeftModel, get_peft_model
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel, get_scheduler
+from transformers import PretrainedConfig, PreTrainedModel, get_scheduler
 from transformers.initialization import no_init_weights
 from transformers.integrations import HfDeepSpeedConfig, is_deepspeed_zero3_enabled
 
 from comol_ds.adapters.config import CoMoLConfig
 from comol_ds.adapters.shared_down import share_down_projections
 from comol_ds.adapters.table import BaseKind
+from comol_ds.base_config import build_base, read_base_config, read_generation_config
 from comol_ds.config import AdapterSettings, ModelSettings, OptimizerSettings, RunConfig
 from comol_ds.ds_config import zero_stage
-from comol_ds.errors import UserError, one_line
+from comol_ds.errors import UserError
 from comol_ds.parallel import groups
 from comol_ds.parallel.activations import leaf_layer_types, prepare_activations
 from comol_ds.parallel.gradients import Gradients
@@ -175,25 +175,36 @@ def build_skeleton(settings: ModelSettings, model_path: str, bf16: bool) -> PreT
         UserError: no such model, or a quantized one.
     """
     assert not is_deepspeed_zero3_enabled(), "transformers would build it under its own zero.Init"
-    dtype = torch.bfloat16 if bf16 else torch.float32
-    try:
-        model_config = AutoConfig.from_pretrained(model_path)
-        with no_init_weights(), init_empty_weights(include_buffers=False):
-            model = AutoModelForCausalLM.from_config(
-                model_config, dtype=dtype, attn_implementation=settings.attn_implementation
-            )
-    except (OSError, ValueError, ImportError) as error:
-        reason = one_line(error, limit=300)
-        raise UserError(f"--model_name_or_path {model_path} cannot be loaded: {reason}") from error
-    if getattr(model.config, "quantization_config", None) is not None:
+    where = f"--model_name_or_path {model_path}"
+    model_config = read_training_config(model_path, settings.trust_remote_code)
+    with no_init_weights(), init_empty_weights(include_buffers=False):
+        model = build_base(
+            model_config,
+            settings.trust_remote_code,
+            where,
+            settings.attn_implementation,
+            dtype=torch.bfloat16 if bf16 else torch.float32,
+        )
+    model.tie_weights()  # init_empty_weights gave each place a parameter of its own
+    generation_config = read_generation_config(model_path, where)
+    if generation_config is not None:
+        model.generation_config = generation_config
+    return model.eval()
+
+
+def read_training_config(model_path: str, trust_remote_code: bool) -> PretrainedConfig:
+    """The configuration of a base that can be trained.
+
+    Raises:
+        UserError: see `read_base_config`; or the model is quantized.
+    """
+    config = read_base_config(model_path, trust_remote_code, f"--model_name_or_path {model_path}")
+    if getattr(config, "quantization_config", None) is not None:
         raise UserError(
             f"--model_name_or_path {model_path} is quantized (quantization_config in its config.json); use the model's"
             " float32, bfloat16 or float16 weights"
         )
-    model.tie_weights()  # init_empty_weights gave each place a parameter of its own
-    with suppress(OSError):  # a model need not have one
-        model.generation_config = GenerationConfig.from_pretrained(model_path)
-    return model.eval()
+    return config
 
 
 def locate_weights(base: PreTrainedModel, model_path: str) -> dict[str, StoredTensor]:

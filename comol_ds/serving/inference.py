@@ -8,7 +8,8 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from comol_ds.errors import UserError, one_line
+from comol_ds.base_config import NO_OWN_CODE, told
+from comol_ds.errors import UserError
 from comol_ds.evaluation.greedy import as_ids, plain_generation
 from comol_ds.export.source import AdapterSource, find_adapter
 from comol_ds.router_load.counting import VALIDATION
@@ -30,13 +31,14 @@ def load_for_inference(
         checkpoint: a run folder, a checkpoint of it, or an adapter folder.
         base: base model folder or hub name, instead of the one that the adapter names.
         dtype: of the base; "auto" is the one that its files have. The adapter stays in fp32.
-        model_options: for from_pretrained, such as device_map.
+        model_options: for from_pretrained, such as device_map, or trust_remote_code for a base with its own code.
 
     Raises:
         UserError: there is no such adapter or base.
     """
     source = find_adapter(checkpoint, base)
-    return load_adapted(source, dtype, **model_options), load_tokenizer(source)
+    model = load_adapted(source, dtype, **model_options)
+    return model, load_tokenizer(source, model_options.get("trust_remote_code", False))
 
 
 def load_adapted(source: AdapterSource, dtype: torch.dtype | str = "auto", **model_options: Any) -> PeftModel:
@@ -50,22 +52,19 @@ def load_base(base: str, dtype: torch.dtype | str = "auto", **model_options: Any
     Raises:
         UserError: it cannot be loaded.
     """
-    try:
-        return AutoModelForCausalLM.from_pretrained(base, dtype=dtype, **model_options).eval()
-    except (OSError, ValueError) as error:
-        raise UserError(f"base {base!r} cannot be loaded; give --model_name_or_path: {one_line(error)}") from error
+    options = {"trust_remote_code": False} | model_options
+    with told(f"base {base!r}", "give --model_name_or_path", NO_OWN_CODE):
+        return AutoModelForCausalLM.from_pretrained(base, dtype=dtype, **options).eval()
 
 
-def load_tokenizer(source: AdapterSource) -> PreTrainedTokenizerBase:
+def load_tokenizer(source: AdapterSource, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     """The tokenizer that the adapter was trained with.
 
     Raises:
         UserError: it cannot be loaded.
     """
-    try:
-        return AutoTokenizer.from_pretrained(source.tokenizer)
-    except (OSError, ValueError) as error:
-        raise UserError(f"tokenizer of {source.tokenizer!r} cannot be loaded: {one_line(error)}") from error
+    with told(f"the tokenizer of {source.tokenizer!r}", "copy its files there", NO_OWN_CODE):
+        return AutoTokenizer.from_pretrained(source.tokenizer, trust_remote_code=trust_remote_code)
 
 
 @torch.no_grad()

@@ -22,7 +22,7 @@ def describe_run(plan: RunPlan) -> str:
     Raises:
         UserError: the data cannot be used.
     """
-    tokenizer = load_tokenizer(plan.config.model.tokenizer_path)
+    tokenizer = load_tokenizer(plan.config.model.tokenizer_path, plan.config.model.trust_remote_code)
     data = prepare_data(plan.config.data, tokenizer, plan.config.run.seed)
     example = next(iter(data.train))
     return "\n".join(

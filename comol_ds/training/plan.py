@@ -6,14 +6,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from comol_ds.base_config import build_base, read_generation_config, told
 from comol_ds.config import ModelSettings, OptimizerSettings, RunConfig
 from comol_ds.ds_config import load_ds_json, zero_stage
-from comol_ds.errors import UserError, one_line
+from comol_ds.errors import UserError
 from comol_ds.layout import BatchLayout, RankGrid
 from comol_ds.parallel.activations import check_activations
-from comol_ds.parallel.assemble import attach_adapter, build_schedule
+from comol_ds.parallel.assemble import attach_adapter, build_schedule, read_training_config
 from comol_ds.parallel.device import prefers_bf16, supports_bf16
 from comol_ds.parallel.groups import World
 from comol_ds.parallel.run_layout import resolve_layout
@@ -63,7 +64,7 @@ def plan_run(config: RunConfig, world: World) -> RunPlan:
     check_quantized(ds_config)
     check_schedule(config.optimizer)
     check_report_to(config.run.report_to)
-    model = preview_model(config.model.model_name_or_path)
+    model = preview_model(config.model)
     check_tensor_parallel(model, config)
     check_packing(model.config, config)
     check_tokenizer(model, config.model)
@@ -164,21 +165,20 @@ def check_report_to(report_to: list[str]) -> None:
         raise UserError(f"--report_to {' '.join(report_to)}: wandb is not installed; pip install 'comol_ds[wandb]'")
 
 
-def preview_model(path: str) -> PreTrainedModel:
+def preview_model(settings: ModelSettings) -> PreTrainedModel:
     """The model without its weights, from its configuration alone, on the meta device.
 
     Raises:
-        UserError: no such model.
+        UserError: no such model, or one that cannot be built, trained or attend as the settings say.
     """
+    path = settings.model_name_or_path
     if (path.startswith((".", "/", "~")) or path.count("/") > 1) and not Path(path).exists():
         raise UserError(f"--model_name_or_path {path}: no such folder; check the path")
-    try:
-        model_config = AutoConfig.from_pretrained(path)
-        with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(model_config)
-    except (OSError, ValueError, ImportError) as error:
-        reason = one_line(error, limit=300)
-        raise UserError(f"--model_name_or_path {path} cannot be read: {reason}") from error
+    model_config = read_training_config(path, settings.trust_remote_code)
+    where = f"--model_name_or_path {path}"
+    read_generation_config(path, where)
+    with torch.device("meta"):
+        return build_base(model_config, settings.trust_remote_code, where, settings.attn_implementation)
 
 
 def check_tensor_parallel(model: PreTrainedModel, config: RunConfig) -> None:
@@ -235,20 +235,18 @@ def _check_modules_to_save(model: torch.nn.Module, names: list[str] | None) -> N
             raise UserError(f"--modules_to_save {wanted} matches no module of the model; modules end in: {named}")
 
 
-def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
-    """The model's tokenizer, with a padding token.
+def load_tokenizer(path: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """The tokenizer in a folder or under a hub name, with a padding token.
+
+    Args:
+        trust_remote_code: whether code that lies beside it may run.
 
     Raises:
         UserError: missing or unreadable tokenizer files, or no end-of-sequence token.
     """
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError, ImportError) as error:
-        reason = one_line(error, limit=300)
-        raise UserError(
-            f"tokenizer of --model_name_or_path {path} cannot be loaded, copy its files (tokenizer.json or"
-            f" tokenizer.model, tokenizer_config.json) there: {reason}"
-        ) from error
+    remedy = "copy its files (tokenizer.json or tokenizer.model, tokenizer_config.json) there"
+    with told(f"the tokenizer of {path}", remedy):
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
     if tokenizer.eos_token_id is None:
         raise UserError(f"the tokenizer of {path} has no eos_token; set one in its tokenizer_config.json")
     if tokenizer.pad_token_id is None:

@@ -53,7 +53,7 @@ def set_up(plan: RunPlan, requests: StopRequests) -> Run:
     """Data, model, engine and run folder; continues a checkpoint if the plan found one."""
     config, world = plan.config, plan.world
     say(plan, batches_line(plan), parameters_line(plan))
-    tokenizer = load_tokenizer(config.model.tokenizer_path)
+    tokenizer = load_tokenizer(config.model.tokenizer_path, config.model.trust_remote_code)
     data = groups.first_on_each_node(
         world, "prepare the data", lambda: prepare_data(config.data, tokenizer, config.run.seed)
     )

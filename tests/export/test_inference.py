@@ -65,5 +65,5 @@ def test_bad_input(run):
     model, tokenizer = load_for_inference(run[0])
     with pytest.raises(UserError, match=r"^2 tasks for 1 prompts; give one per prompt$"):
         generate(model, tokenizer, ["a"], tasks=["b", "c"])
-    with pytest.raises(UserError, match=r"^base 'no/such/base' cannot be loaded; give --model_name_or_path: "):
+    with pytest.raises(UserError, match=r"^base 'no/such/base' cannot be read; give --model_name_or_path: "):
         load_for_inference(run[0], base="no/such/base")

@@ -262,7 +262,7 @@ def test_model_without_tokenizer(message, inputs):
     path = inputs.folder / "model"
     AutoModelForCausalLM.from_config(FAMILIES["llama"]).save_pretrained(path)
     found = message(model_name_or_path=path)
-    assert f"tokenizer of --model_name_or_path {path} cannot be loaded, copy its files (tokenizer.json" in found
+    assert f"the tokenizer of {path} cannot be read; copy its files (tokenizer.json" in found
 
 
 def test_tokenizer_without_end_of_sequence(message, inputs):

@@ -98,7 +98,7 @@ def test_other_adapter_settings_reach_the_peft_configuration():
 def test_preview_counts_what_training_would(config):
     base = AutoModelForCausalLM.from_pretrained(config.model.model_name_or_path)
     adapted = attach_adapter(base, config.adapter, seed=0)
-    preview = preview_parameters(preview_model(config.model.model_name_or_path), config)
+    preview = preview_parameters(preview_model(config.model), config)
     assert preview == count_parameters(adapted) == adapted.get_nb_trainable_parameters()
 
 
