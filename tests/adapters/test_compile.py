@@ -56,6 +56,7 @@ def test_training_with_dropout_is_one_graph_too():
     torch.testing.assert_close(torch.compile(wrapped, backend="eager", fullgraph=True)(x), expected, rtol=0, atol=0)
 
 
+@pytest.mark.slow
 def test_an_adapted_llama_has_no_graph_break_in_our_layers_and_eager_gradients(kernel):
     model = get_peft_model(tiny_llama(), comol_config())
     ids = tokens()

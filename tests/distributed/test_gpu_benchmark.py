@@ -45,6 +45,7 @@ def trained(monkeypatch):
     return install
 
 
+@pytest.mark.slow
 def test_most_layers_are_those_whose_planned_peak_fits(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(gpu_size, "MOST_LAYERS", 4)
     peaks = [geometry.plan_layout(gpu_size._case(tmp_path, layers, 16)).peak for layers in range(1, 5)]
@@ -64,11 +65,13 @@ def test_a_device_too_small_for_a_layer_is_refused(tmp_path, monkeypatch):
     )
 
 
+@pytest.mark.slow
 def test_the_planner_sees_room_for_all_of_70b_on_an_h200(tmp_path):
     plan = geometry.plan_layout(gpu_size._case(tmp_path, gpu_size.MOST_LAYERS, 2048))
     assert 131 * 2**30 < plan.peak < 139 * 2**30
 
 
+@pytest.mark.slow
 def test_a_run_out_of_memory_is_told_and_fewer_layers_are_tried(tiny, trained, tmp_path, capsys, monkeypatch):
     monkeypatch.delenv("PYTORCH_CUDA_ALLOC_CONF", raising=False)
     environments = trained(room=5)
@@ -86,6 +89,7 @@ def test_a_run_out_of_memory_is_told_and_fewer_layers_are_tried(tiny, trained, t
     assert "2.00 s per step, 8 tokens/s, MFU -, 50.0% of the measured rate" in told
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("layers", "error"), [(4, OUT_OF_MEMORY), (12, "zero3 failed with exit code 1:\nKeyError")])
 def test_no_other_failure_is_taken_for_one_of_memory(tiny, trained, tmp_path, layers, error):
     trained(room=0, error=error)

@@ -29,10 +29,11 @@ def folder_of(tmp_path_factory, extensions):
 
 RUNS = [
     *(pytest.param(2, case, id=f"2-{case.name}") for case in RESUME_CASES),
-    *(pytest.param(4, case, id=f"4-{case.name}", marks=pytest.mark.slow) for case in TP_RESUME_CASES),
+    *(pytest.param(4, case, id=f"4-{case.name}") for case in TP_RESUME_CASES),
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 @pytest.mark.parametrize(("ranks", "case"), RUNS)
 def test_resumed_steps_are_bit_equal(ranks, case, folder_of):

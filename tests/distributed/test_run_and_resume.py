@@ -158,6 +158,7 @@ def test_resume_on_another_layout_says_so_and_continues_the_logs(first_run, tmp_
     assert after[:4] == before[:4] and after[4:] != before[4:]
 
 
+@pytest.mark.slow
 def test_starts_from_slurm_variables(first_run, tmp_path, extensions):
     """srun sets no RANK: two plain python processes with SLURM's variables form one world of two."""
     model, _, _ = first_run
@@ -187,6 +188,7 @@ def test_starts_from_slurm_variables(first_run, tmp_path, extensions):
     assert "data-parallel" not in printed[1]
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_not_finite_stops_the_run(first_run, tmp_path, extensions):
     """The second step meets weights of 1e30: the run ends before that update and names the records."""
     model, _, _ = first_run

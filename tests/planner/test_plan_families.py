@@ -61,7 +61,11 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize(("name", "flags"), CASES, ids=str)
+@pytest.mark.parametrize(
+    ("name", "flags"),
+    [case if not case[1] else pytest.param(*case, marks=pytest.mark.slow) for case in CASES],
+    ids=str,
+)
 def test_as_many_bytes_as_autograd_saves(name, flags, tmp_path):
     folder = save_config(five_layers(name), tmp_path)
     flags = {"bf16": "false", "per_device_train_batch_size": "1"} | flags

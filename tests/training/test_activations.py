@@ -111,7 +111,7 @@ def test_offloading_full_moves_the_layers_inputs():
     assert total_bytes(alive) - moved == total_bytes(kept("full")[0]) - (LAYERS - 1) * 4 * B * T * H
 
 
-@pytest.mark.parametrize("checkpointing", ["none", "selective:2"])
+@pytest.mark.parametrize("checkpointing", ["none", pytest.param("selective:2", marks=pytest.mark.slow)])
 def test_offloading_moves_all_that_layers_save(checkpointing):
     alive, moved = kept(checkpointing, "cpu")
     in_full = total_bytes(kept("full", "cpu")[0]) - kept("full", "cpu")[1]
