@@ -102,6 +102,11 @@ def _works(build: Callable[[str | None], PreTrainedModel], attention: str) -> bo
     return True
 
 
+def has_own_code(config: PretrainedConfig) -> bool:
+    """Whether a configuration that was read is of a class that came with the model, which the user has then allowed."""
+    return type(config).__module__.startswith("transformers_modules.")
+
+
 def read_generation_config(path: str, where: str) -> GenerationConfig | None:
     """The model's settings for generation, if it has any.
 

@@ -17,6 +17,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
+from comol_ds.base_config import has_own_code
 from comol_ds.errors import one_line
 
 VOCABULARY = 97  # of the copy; odd, so that tensor-parallel ranks get parts of unequal size
@@ -143,7 +144,12 @@ def _shrink_sections(values: dict, factor: int) -> None:
 
 def _without_memory(config: PreTrainedConfig, attn_implementation: str) -> PreTrainedModel:
     with no_init_weights(), init_empty_weights(include_buffers=False):
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=attn_implementation)
+        model = AutoModelForCausalLM.from_config(
+            config,
+            trust_remote_code=has_own_code(config),
+            dtype=torch.float32,
+            attn_implementation=attn_implementation,
+        )
     model.tie_weights()
     return model.eval().requires_grad_(False)
 

@@ -1,18 +1,23 @@
 """What a run says about itself in words: --dry_run, the lines at the start, the table at the end."""
 
 import json
+from pathlib import Path
 
 import yaml
 
-from comol_ds.data.prepare import prepare_data
+from comol_ds.config import ModelSettings
 from comol_ds.data.tokenization import format_example
 from comol_ds.errors import UserError
 from comol_ds.layout import RankGrid
+from comol_ds.parallel.assemble import build_skeleton
+from comol_ds.parallel.staging import open_weights
+from comol_ds.parallel.weight_names import find_weights
 from comol_ds.planner.plan import Planner
 from comol_ds.planner.report import table
 from comol_ds.planner.request import Request
 from comol_ds.training.evaluation import Evaluation, comparison_table
 from comol_ds.training.plan import RunPlan, load_tokenizer
+from comol_ds.training.train_data import train_data
 
 
 def describe_run(plan: RunPlan) -> str:
@@ -20,10 +25,11 @@ def describe_run(plan: RunPlan) -> str:
     communication, and one tokenized example.
 
     Raises:
-        UserError: the data cannot be used.
+        UserError: whatever the run would refuse before its first step.
     """
     tokenizer = load_tokenizer(plan.config.model.tokenizer_path, plan.config.model.trust_remote_code)
-    data = prepare_data(plan.config.data, tokenizer, plan.config.run.seed)
+    data, _ = train_data(plan, tokenizer)
+    check_weights(plan.config.model)
     example = next(iter(data.train))
     return "\n".join(
         [
@@ -34,6 +40,7 @@ def describe_run(plan: RunPlan) -> str:
             "# sizes",
             batches_line(plan),
             parameters_line(plan),
+            *notes(plan),
             data.report.summary(),
             "# memory and communication",
             planned_table(plan),
@@ -41,6 +48,22 @@ def describe_run(plan: RunPlan) -> str:
             format_example(example, tokenizer),
         ]
     )
+
+
+def check_weights(settings: ModelSettings) -> None:
+    """Refuse weights in a folder that do not belong to the model; headers are read only, and nothing is downloaded.
+
+    Raises:
+        UserError: see `open_weights` and `find_weights`.
+    """
+    path = settings.model_name_or_path
+    if Path(path).is_dir() and not settings.init_random:
+        find_weights(build_skeleton(settings, path, settings.bf16), open_weights(path))
+
+
+def notes(plan: RunPlan) -> list[str]:
+    """What is to be said of the base."""
+    return [] if plan.note is None else [plan.note]
 
 
 def batches_line(plan: RunPlan) -> str:

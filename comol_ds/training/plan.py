@@ -22,6 +22,7 @@ from comol_ds.parallel.start_adapter import check_start_adapter
 from comol_ds.parallel.tp_plan import check_placement, place_linears
 from comol_ds.parallel.zero_config import check_quantized
 from comol_ds.parallel.zero_partition import count_parameters
+from comol_ds.training.base_checks import check_positions, check_tokenizer
 from comol_ds.training.packing_check import check_packing
 from comol_ds.training.resume import Resume, RunIdentity, plan_resume
 from comol_ds.training.run_folder import RunFolder
@@ -29,7 +30,12 @@ from comol_ds.training.run_folder import RunFolder
 
 @dataclass(frozen=True)
 class RunPlan:
-    """The resolved run of one rank; precision, batch sizes and tensor-parallel size are decided in ``config``."""
+    """The resolved run of one rank; precision, batch sizes and tensor-parallel size are decided in ``config``.
+
+    Attributes:
+        embedding_rows: where tokens of the data may lie beyond them, else None.
+        note: what is to be said of the base.
+    """
 
     config: RunConfig
     world: World
@@ -42,6 +48,8 @@ class RunPlan:
     trainable_parameters: int
     all_parameters: int
     identity: RunIdentity
+    embedding_rows: int | None
+    note: str | None
 
     @property
     def start_step(self) -> int:
@@ -64,18 +72,22 @@ def plan_run(config: RunConfig, world: World) -> RunPlan:
     check_quantized(ds_config)
     check_schedule(config.optimizer)
     check_report_to(config.run.report_to)
+    check_attention(config.model)
     model = preview_model(config.model)
     check_tensor_parallel(model, config)
     check_packing(model.config, config)
-    check_tokenizer(model, config.model)
+    note = check_positions(model.config, config)
+    tokenizer = load_tokenizer(config.model.tokenizer_path, config.model.trust_remote_code)
+    embedding_rows = check_tokenizer(model, tokenizer, config)
     check_activations(model, config.model, grid.tensor_parallel)
     trainable, everything = preview_parameters(model, config)
     identity = identify(config, world, ds_config)
     folder = RunFolder(config.run.output_dir)
+    folder.check_writable()
     resume, passed_over = None, []
     if config.run.resume_from_checkpoint:
         resume, passed_over = plan_resume(config.run.resume_from_checkpoint, folder, identity)
-    elif not config.run.dry_run:
+    else:
         folder.check_free(config.run.overwrite_output_dir)
     return RunPlan(
         config,
@@ -89,6 +101,8 @@ def plan_run(config: RunConfig, world: World) -> RunPlan:
         trainable,
         everything,
         identity,
+        embedding_rows,
+        note,
     )
 
 
@@ -155,6 +169,19 @@ def check_schedule(settings: OptimizerSettings) -> None:
 _METRIC_SCHEDULES = ("reduce_lr_on_plateau", "greedy")
 
 
+def check_attention(settings: ModelSettings) -> None:
+    """Refuse an attention kernel that does not compute in the run's precision; it would say so in the first step.
+
+    Raises:
+        UserError: FlashAttention in float32.
+    """
+    if settings.attn_implementation == "flash_attention_2" and not settings.bf16:
+        raise UserError(
+            "--attn_implementation flash_attention_2 computes in bfloat16, this run in float32; use --bf16 true, or"
+            " --attn_implementation sdpa"
+        )
+
+
 def check_report_to(report_to: list[str]) -> None:
     """Refuse a plotting service whose package is missing; rank 0 alone would find out, late.
 
@@ -192,22 +219,6 @@ def check_tensor_parallel(model: PreTrainedModel, config: RunConfig) -> None:
         placement = place_linears(model, config.parallel.tp_plan)
         if tensor_parallel > 1:
             check_placement(model, placement, tensor_parallel, config.adapter)
-
-
-def check_tokenizer(model: PreTrainedModel, settings: ModelSettings) -> None:
-    """Refuse a tokenizer of another model that has more ids than this model's embedding has rows.
-
-    Raises:
-        UserError: see above; or as `load_tokenizer` does.
-    """
-    if settings.tokenizer_name is None:
-        return
-    ids, rows = len(load_tokenizer(settings.tokenizer_name)), model.get_input_embeddings().num_embeddings
-    if ids > rows:
-        raise UserError(
-            f"--tokenizer_name {settings.tokenizer_name} has {ids} ids, the model's embedding {rows} rows; use the"
-            " model's own tokenizer"
-        )
 
 
 def preview_parameters(model: PreTrainedModel, config: RunConfig) -> tuple[int, int]:

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
 import yaml
@@ -25,17 +26,33 @@ class RunFolder:
         self.router_load = self.path / "router_load.jsonl"
         self.evaluations = self.path / "evaluations.jsonl"
 
+    def check_writable(self) -> None:
+        """Refuse a folder in which nothing can be written, by writing a file that has no name.
+
+        Raises:
+            UserError: a file is in the way, or nothing can be written.
+        """
+        try:
+            # a link that leads nowhere exists too: mkdir would find it
+            existing = next(path for path in (self.path, *self.path.absolute().parents) if os.path.lexists(path))
+            is_folder = existing.is_dir()
+            for folder in (existing, self.checkpoints) if is_folder else ():
+                if folder.is_dir():
+                    with TemporaryFile(dir=folder):
+                        pass
+        except OSError as error:
+            raise UserError(
+                f"--output_dir {self.path} cannot be written: {error.strerror}; choose another folder"
+            ) from error
+        if not is_folder:
+            raise UserError(f"--output_dir {self.path}: {existing} is a file; choose a folder")
+
     def check_free(self, overwrite: bool) -> None:
         """Refuse to mix two runs. Reads only; not to be asked when resuming.
 
         Raises:
             UserError: checkpoints of an earlier run, and ``overwrite`` is false.
         """
-        existing = next(path for path in (self.path, *self.path.absolute().parents) if path.exists())
-        if not existing.is_dir():
-            raise UserError(f"--output_dir {self.path}: {existing} is a file; choose a folder")
-        if not os.access(existing, os.W_OK):
-            raise UserError(f"--output_dir {self.path}: no permission to write in {existing}; choose another folder")
         if not overwrite and by_step(self.checkpoints):
             raise UserError(
                 f"--output_dir {self.path} holds checkpoints of an earlier run; continue it with"

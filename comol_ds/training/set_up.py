@@ -7,13 +7,13 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from comol_ds.data.batches import TrainBatches
-from comol_ds.data.prepare import PreparedData, prepare_data
+from comol_ds.data.prepare import PreparedData
 from comol_ds.data.streaming import StreamingBatches
 from comol_ds.parallel import groups
 from comol_ds.parallel.assemble import Assembled, assemble, total_steps
 from comol_ds.parallel.monitor import open_monitor
 from comol_ds.training.checkpoint import CheckpointWriter, load_checkpoint
-from comol_ds.training.describe import batches_line, parameters_line, resume_lines
+from comol_ds.training.describe import batches_line, notes, parameters_line, resume_lines
 from comol_ds.training.evaluation import Evaluation
 from comol_ds.training.metrics import Metrics
 from comol_ds.training.plan import RunPlan, load_tokenizer
@@ -21,6 +21,7 @@ from comol_ds.training.preemption import StopRequests
 from comol_ds.training.resume import settle_resume
 from comol_ds.training.router_load import RouterLoad
 from comol_ds.training.router_log import RouterLog
+from comol_ds.training.train_data import train_data
 
 
 @dataclass
@@ -52,13 +53,10 @@ class Run:
 def set_up(plan: RunPlan, requests: StopRequests) -> Run:
     """Data, model, engine and run folder; continues a checkpoint if the plan found one."""
     config, world = plan.config, plan.world
-    say(plan, batches_line(plan), parameters_line(plan))
+    say(plan, batches_line(plan), parameters_line(plan), *notes(plan))
     tokenizer = load_tokenizer(config.model.tokenizer_path, config.model.trust_remote_code)
-    data = groups.first_on_each_node(
-        world, "prepare the data", lambda: prepare_data(config.data, tokenizer, config.run.seed)
-    )
+    data, batches = groups.first_on_each_node(world, "prepare the data", lambda: train_data(plan, tokenizer))
     say(plan, data.report.summary())
-    batches = train_batches(plan, data, tokenizer.pad_token_id)
     steps = total_steps(config.optimizer, batches.steps_per_epoch)
     assembled = assemble(config, config.model.model_name_or_path, plan.ds_config, steps, config.model.bf16)
     checkpoints = claim_run_folder(plan)
@@ -115,22 +113,6 @@ def prepare_folder(plan: RunPlan) -> None:
     """Rank 0 creates the run folder and writes the resolved configuration."""
     if plan.world.rank == 0:
         plan.folder.prepare(plan.config, plan.ds_config, plan.start_step)
-
-
-def train_batches(plan: RunPlan, data: PreparedData, pad_token_id: int) -> TrainBatches | StreamingBatches:
-    """This rank's share of every global batch."""
-    settings = plan.config.data
-    share = {
-        "layout": plan.batches,
-        "dp_rank": plan.grid.dp_rank,
-        "seed": plan.config.run.seed,
-        "packing": settings.packing,
-        "max_length": settings.max_length,
-        "pad_token_id": pad_token_id,
-    }
-    if settings.streaming:
-        return StreamingBatches(data.train, **share)
-    return TrainBatches(data.train, group_by_length=settings.group_by_length, **share)
 
 
 def say(plan: RunPlan, *lines: str) -> None:

@@ -119,7 +119,7 @@ def test_attention_that_the_model_does_not_have(message, inputs, config):
 
 @pytest.mark.skipif(find_spec("flash_attn") is not None, reason="flash_attn is installed")
 def test_attention_whose_package_is_missing(message):
-    found = message("--attn_implementation", "flash_attention_2")
+    found = message("--attn_implementation", "flash_attention_2", bf16="true")
     assert found.startswith("--attn_implementation flash_attention_2 cannot be used with this model here, give"), found
     assert " --attn_implementation sdpa: " in found
 

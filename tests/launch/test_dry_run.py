@@ -2,6 +2,8 @@
 
 import json
 import re
+import shutil
+from dataclasses import asdict
 
 import pytest
 from peft import get_peft_model
@@ -9,9 +11,12 @@ from transformers import AutoModelForCausalLM
 
 from comol_ds import CoMoLConfig
 from comol_ds.config_parser import parse_run_config
+from comol_ds.parallel.groups import World
 from comol_ds.training import loop
+from comol_ds.training.plan import plan_run
+from tests.committed_files import commit_files
 from tests.data.data_helpers import sums, write_jsonl
-from tests.launch.launcher_calls import launcher, snapshot
+from tests.launch.launcher_calls import launcher, refused, snapshot
 
 
 @pytest.fixture
@@ -105,6 +110,38 @@ def test_a_cut_example_says_so(dry_run, inputs):
     assert text.startswith("<s>How many is 0 and ?[[ ") and "</s>" not in text
 
 
-def test_a_used_run_folder_may_be_looked_at(dry_run, inputs):
-    (inputs.out / "checkpoints" / "step_2").mkdir(parents=True)
-    assert "batches: 8 micro" in dry_run()
+REFUSED = [
+    (["--global_batch_size", "64"], "38 training records do not fill one global batch"),
+    (["--max_length", "8"], "every prompt is longer than max_length 8"),
+    (["--output_dir", "/proc/out"], "--output_dir /proc/out cannot be written: "),
+    (["--attn_implementation", "flash_attention_2"], "--attn_implementation flash_attention_2 computes in bfloat16"),
+    (["--max_length", "4096", "--packing", "--group_by_length"], "--packing and --group_by_length exclude each other"),
+]
+
+
+@pytest.mark.parametrize("case", REFUSED, ids=lambda case: " ".join(case[0]))
+def test_it_refuses_what_the_run_refuses(case, inputs, capfd, monkeypatch):
+    words, start = case
+    found = refused(inputs, capfd, monkeypatch, inputs.argv(*words))
+    assert found.startswith(start) or start in found
+    assert refused(inputs, capfd, monkeypatch, inputs.argv("--dry_run", *words)) == found
+
+
+def test_it_refuses_a_used_run_folder_and_looks_at_a_run_to_be_resumed(inputs, capfd, monkeypatch):
+    plan = plan_run(parse_run_config(inputs.argv()), World(0, 1, 0))
+    state = json.dumps({"step": 2, "identity": asdict(plan.identity)})
+    commit_files(plan.folder.checkpoints, 2, {"state.json": state})
+    found = refused(inputs, capfd, monkeypatch, inputs.argv("--dry_run"))
+    assert found.startswith(f"--output_dir {inputs.out} holds checkpoints of an earlier run; continue it with")
+    for words in (["--resume_from_checkpoint"], ["--overwrite_output_dir"]):
+        assert launcher().main(inputs.argv("--dry_run", *words)) == 0
+    assert (plan.folder.checkpoints / "step_2" / "COMMITTED").exists()
+
+
+def test_it_refuses_weights_that_do_not_belong_to_the_model(inputs, capfd, monkeypatch):
+    model = shutil.copytree(inputs.model, inputs.folder / "model")
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"intermediate_size": 2 * config["intermediate_size"]}))
+    found = refused(inputs, capfd, monkeypatch, inputs.argv("--dry_run", model_name_or_path=model))
+    assert "the model's config.json makes it" in found
+    assert launcher().main(inputs.argv("--dry_run", "--init_random", model_name_or_path=model)) == 0

@@ -56,9 +56,24 @@ def test_checkpoints_of_an_earlier_run_take_it(folder):
 
 def test_a_file_on_the_way_takes_it(folder, tmp_path):
     (tmp_path / "runs").write_text("a file")
-    for overwrite in (False, True):
-        with pytest.raises(UserError, match="runs is a file; choose a folder"):
-            folder.check_free(overwrite)
+    with pytest.raises(UserError, match="runs is a file; choose a folder"):
+        folder.check_writable()
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(UserError, match="link is a file; choose a folder"):
+        RunFolder(str(tmp_path / "link")).check_writable()
+
+
+@pytest.mark.parametrize("path", ["/proc/out", "/proc/self", "x" * 300])
+def test_a_folder_in_which_nothing_can_be_written(path):
+    """Tried, not asked for: root may write everywhere, and cannot write there."""
+    with pytest.raises(UserError, match=r"^--output_dir \S+ cannot be written: [A-Z][^;]+; choose another folder$"):
+        RunFolder(path).check_writable()
+
+
+def test_trying_leaves_nothing(folder):
+    folder.checkpoints.mkdir(parents=True)
+    folder.check_writable()
+    assert [path.name for path in folder.path.rglob("*")] == ["checkpoints"]
 
 
 def test_prepare_writes_the_resolved_settings(folder):

@@ -1,0 +1,118 @@
+"""Whether a base model, its tokenizer and the run's rows fit each other: decided before weights are read."""
+
+import copy
+
+import datasets
+import torch
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from comol_ds.config import RunConfig
+from comol_ds.data.prepare import PreparedData
+from comol_ds.errors import UserError
+from comol_ds.parallel.shrunken import VOCABULARY, NotShrinkable, logits_of, shrunken_copy
+
+_POSITIONS = 16  # of the small copy on which longer rows are tried
+
+
+def check_tokenizer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: RunConfig) -> int | None:
+    """Refuse a tokenizer that gives ids for which the model's embedding has no row.
+
+    A tokenizer may know added tokens beyond the embedding that no text contains, as Gemma 3's of 1B knows one for
+    images: then the data decide, see `check_token_ids`.
+
+    Args:
+        model: the base, on any device.
+        tokenizer: that of the run.
+        config: the run's settings.
+
+    Returns:
+        Rows of the embedding where the data must be looked at, else None.
+
+    Raises:
+        UserError: another model's tokenizer with more ids than rows, one whose vocabulary is larger than the
+            embedding, or padding, start or end tokens beyond it.
+    """
+    rows = model.get_input_embeddings().num_embeddings
+    ids = max(len(tokenizer), 1 + max(tokenizer.get_vocab().values(), default=-1))
+    if ids <= rows:
+        return None
+    settings = config.model
+    if settings.tokenizer_name is not None:
+        raise UserError(
+            f"--tokenizer_name {settings.tokenizer_name} has {ids} ids, the model's embedding {rows} rows; use the"
+            " model's own tokenizer"
+        )
+    added = tokenizer.added_tokens_decoder
+    special = {name: getattr(tokenizer, f"{name}_id") for name in ("pad_token", "bos_token", "eos_token")}
+    beyond = next((f"{name} has id {number}" for name, number in special.items() if (number or 0) >= rows), None)
+    if beyond is None and any(number >= rows and number not in added for number in tokenizer.get_vocab().values()):
+        beyond = f"it has {ids} ids"
+    if beyond is not None:
+        raise UserError(
+            f"the tokenizer of {settings.model_name_or_path}: {beyond}, the model's embedding {rows} rows; take model"
+            " and tokenizer files that belong together, or enlarge the embedding with resize_token_embeddings and save"
+            " the model"
+        )
+    return rows
+
+
+def check_token_ids(data: PreparedData, tokenizer: PreTrainedTokenizerBase, rows: int | None) -> None:
+    """Refuse records with a token for which the embedding has no row. Streams are not looked at.
+
+    Args:
+        rows: what `check_tokenizer` returned.
+
+    Raises:
+        UserError: naming a record and the token.
+    """
+    if rows is None:
+        return
+    for records in (data.train, data.validation):
+        if not isinstance(records, datasets.Dataset):
+            continue
+        for record in records.select_columns(["record_id", "input_ids"]):
+            largest = max(record["input_ids"])
+            if largest >= rows:
+                raise UserError(
+                    f"record {record['record_id']} holds {tokenizer.convert_ids_to_tokens(largest)!r}, a token of id"
+                    f" {largest}, and the model's embedding has {rows} rows; remove it from the data"
+                )
+
+
+def check_positions(model_config: PreTrainedConfig, config: RunConfig) -> str | None:
+    """Refuse rows that are longer than a model's table of positions.
+
+    Most models compute positions and run on, others look them up in a table, and the number in the configuration is
+    the same. So longer rows are tried, on a small copy that was made for few positions.
+
+    Returns:
+        What is to be said where such rows run.
+
+    Raises:
+        UserError: they do not run.
+    """
+    limit = getattr(model_config.get_text_config(), "max_position_embeddings", None)
+    length, settings = config.data.max_length, config.model
+    if type(limit) is not int or length <= limit:
+        return None
+    if _runs_beyond(model_config, settings.attn_implementation):
+        return f"note: --max_length {length} is more than the {limit} positions that the model was made for"
+    raise UserError(
+        f"--max_length {length} is more than the {limit} positions that the model has (max_position_embeddings); use"
+        f" --max_length {limit} or less"
+    )
+
+
+def _runs_beyond(model_config: PreTrainedConfig, attn_implementation: str) -> bool:
+    small = copy.deepcopy(model_config)
+    small.get_text_config().max_position_embeddings = _POSITIONS
+    attention = "sdpa" if attn_implementation == "flash_attention_2" else attn_implementation
+    try:
+        model = shrunken_copy(small, attention)
+    except NotShrinkable:  # nothing is known, and nothing refused
+        return True
+    try:
+        logits_of(model, input_ids=torch.arange(2 * _POSITIONS).unsqueeze(0) % VOCABULARY)
+    except (IndexError, RuntimeError, ValueError):  # from an embedding, a buffer, or transformers' own check
+        return False
+    return True
