@@ -122,9 +122,9 @@ class DataSettings:
         " None: the embedded default.",
     )
     dataset_weights: list[float] | None = option(None, "Mixing weight per data set. None: concatenate.")
-    dataset_format: Literal["auto", "alpaca", "prompt_completion", "messages", "question_answer"] = option(
-        "auto", "How a record is written; auto looks at the columns."
-    )
+    dataset_format: Literal[
+        "auto", "messages", "sharegpt", "prompt_completion", "alpaca", "question_answer", "text"
+    ] = option("auto", "How a record is written; auto looks at the columns.")
     prompt_template: str | None = option(
         None,
         "How prompts are written: chat (the tokenizer's chat template), alpaca, none (the columns as they are), or a"

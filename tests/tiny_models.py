@@ -52,7 +52,7 @@ def save_tiny_model(folder: Path, family: str = "llama", seed: int = 0) -> Path:
             if name.endswith("bias"):
                 parameter.normal_(std=0.02)  # transformers starts them at zero, where nothing shows that one is lost
     model.save_pretrained(folder)
-    tiny_tokenizer().save_pretrained(folder)
+    tiny_tokenizer(chat=False).save_pretrained(folder)
     return folder
 
 

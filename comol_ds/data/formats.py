@@ -1,40 +1,50 @@
-"""How a record is written: from the columns of one row to one prompt and one answer, or to a list of chat turns."""
+"""How a record is written: from the columns of one row to one prompt and one answer, or to a conversation."""
 
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+from comol_ds.data.turns import is_empty, read_history, read_options, read_tools, read_turns, short
 from comol_ds.errors import UserError
 
 # Columns each format needs, in the order of detection: the first whose columns are all there wins.
 FORMATS: dict[str, tuple[str, ...]] = {
     "messages": ("messages",),
+    "sharegpt": ("conversations",),
     "prompt_completion": ("prompt", "completion"),
     "alpaca": ("instruction", "output"),
     "question_answer": ("question", "answer"),
+    "text": ("text",),
 }
-
-# The template of Stanford Alpaca (https://github.com/tatsu-lab/stanford_alpaca#data-release), closed by a newline so
-# that an answer tokenized on its own starts a line.
-ALPACA_PLAIN = (
-    "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
-    "### Instruction:\n{instruction}\n\n### Response:\n"
+# Columns that a format may have beside them.
+_OPTIONAL: dict[str, tuple[str, ...]] = {"alpaca": ("input",), "question_answer": ("input",)}
+# What a conversation can carry beside its turns, and an instruction beside its answer.
+_OF_CONVERSATIONS = ("system", "tools", "chat_template_kwargs")
+_HISTORY = "history"
+# Columns that change what a record means. A row that has one which its format does not use is refused.
+_MEANINGFUL = (
+    *_OF_CONVERSATIONS,
+    *(_HISTORY, "system_prompt", "functions", "documents", "context", "input", "choices", "options"),
+    *("image", "images", "video", "videos", "audio", "audios"),
 )
-ALPACA_WITH_INPUT = (
-    "Below is an instruction that describes a task, paired with an input that provides further context. "
-    "Write a response that appropriately completes the request.\n\n"
-    "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n"
+# Every name that --columns can give to a column.
+ROLES = tuple(
+    dict.fromkeys([*(name for needed in FORMATS.values() for name in needed), "output", *_MEANINGFUL, "task"])
 )
 
 
 @dataclass(frozen=True)
 class TextRecord:
-    """One record as text: `messages` is a JSON list of turns for the chat format and "" for the others."""
+    """One record as text.
+
+    `conversation` is JSON, {"messages": [...], "tools": [...], "options": {...}} with the last two where there are any,
+    and "" for a record that is a prompt and an answer as they are.
+    """
 
     prompt: str
     completion: str
-    messages: str = ""
+    conversation: str = ""
 
 
 def describe_formats() -> str:
@@ -68,8 +78,23 @@ def detect_format(columns: Iterable[str], wanted: str, where: str) -> str:
     return wanted
 
 
-def to_text(row: dict[str, Any], data_format: str, where: str) -> TextRecord:
-    """Write one row as prompt and answer.
+def used_columns(data_format: str, is_conversation: bool) -> set[str]:
+    """The columns that reach the trained text, and `task`.
+
+    Args:
+        data_format: a key of `FORMATS`.
+        is_conversation: a chat template writes the rows.
+    """
+    used = {*FORMATS[data_format], *_OPTIONAL.get(data_format, ()), "task"}
+    if is_conversation and data_format != "text":
+        used.update(_OF_CONVERSATIONS)
+        if data_format not in ("messages", "sharegpt"):
+            used.add(_HISTORY)
+    return used
+
+
+def to_text(row: dict[str, Any], data_format: str, where: str, is_conversation: bool) -> TextRecord:
+    """Write one row as a conversation, or as prompt and answer.
 
     A missing or null answer becomes "" (the record is dropped and counted later); a missing prompt is an error.
 
@@ -77,21 +102,52 @@ def to_text(row: dict[str, Any], data_format: str, where: str) -> TextRecord:
         row: one record of the data set.
         data_format: a key of `FORMATS`.
         where: file and row number, for messages.
+        is_conversation: a chat template writes the row; else its columns follow each other as they are.
 
     Raises:
-        UserError: a column holds something else than text, or `messages` is not a list of role and content.
+        UserError: a column holds something else than text, turns are not as `turns.read_turns` expects them, or the
+            row has a column whose meaning would be lost.
     """
-    if data_format == "messages":
-        return TextRecord("", "", json.dumps(_turns(row.get("messages"), where), ensure_ascii=False))
-    if data_format == "prompt_completion":
-        return TextRecord(_text(row, "prompt", where), _text(row, "completion", where, optional=True))
-    if data_format == "question_answer":
-        # The question is put as an instruction, so that question/answer and alpaca data train one prompt style.
-        prompt = ALPACA_PLAIN.format(instruction=_text(row, "question", where))
-        return TextRecord(prompt, _text(row, "answer", where, optional=True))
-    instruction, given = _text(row, "instruction", where), _text(row, "input", where, optional=True)
-    template = ALPACA_WITH_INPUT if given.strip() else ALPACA_PLAIN
-    return TextRecord(template.format(instruction=instruction, input=given), _text(row, "output", where, optional=True))
+    used = used_columns(data_format, is_conversation)
+    for column in _MEANINGFUL:
+        if column not in used and not is_empty(row.get(column)):
+            raise UserError(
+                f"{where}: column {column!r} would be lost, {_why_lost(data_format, column, is_conversation)}; "
+                f"or leave it out with --columns {column}="
+            )
+    if data_format == "text":
+        return TextRecord("", _text(row, "text", where, optional=True))
+    if data_format in ("messages", "sharegpt"):
+        (column,) = FORMATS[data_format]
+        return _conversation(row, read_turns(row.get(column), column, where), where)
+    asked, answered = FORMATS[data_format]
+    question, answer = _text(row, asked, where), _text(row, answered, where, optional=True)
+    given = _text(row, "input", where, optional=True) if "input" in used else ""
+    prompt = f"{question}\n\n{given}" if given.strip() else question
+    if not is_conversation:
+        return TextRecord(prompt, answer)
+    user = {"role": "user", "content": prompt}
+    if given.strip():
+        user |= {"instruction": question, "input": given}  # Alpaca's template writes them apart
+    turns = [*read_history(row.get(_HISTORY), where), user, {"role": "assistant", "content": answer}]
+    return _conversation(row, turns, where)
+
+
+def _why_lost(data_format: str, column: str, is_conversation: bool) -> str:
+    if not is_conversation and column in used_columns(data_format, is_conversation=True):
+        return "since no chat template writes the rows; give --prompt_template chat, alpaca or a file"
+    return f"the format {data_format} does not use it; rename it with --columns"
+
+
+def _conversation(row: dict[str, Any], turns: list[dict[str, Any]], where: str) -> TextRecord:
+    system = _text(row, "system", where, optional=True)
+    if system:
+        if turns[0]["role"] == "system":
+            raise UserError(f"{where}: a system turn and a column 'system'; drop one of them")
+        turns = [{"role": "system", "content": system}, *turns]
+    tools, options = read_tools(row.get("tools"), where), read_options(row.get("chat_template_kwargs"), where)
+    whole = {"messages": turns} | ({"tools": tools} if tools else {}) | ({"options": options} if options else {})
+    return TextRecord("", "", json.dumps(whole, ensure_ascii=False))
 
 
 def _text(row: dict[str, Any], column: str, where: str, optional: bool = False) -> str:
@@ -99,26 +155,6 @@ def _text(row: dict[str, Any], column: str, where: str, optional: bool = False) 
     if value is None and optional:
         return ""
     if not isinstance(value, str):
-        kind = "missing" if value is None else f"{type(value).__name__} ({_short(value)})"
+        kind = "missing" if value is None else f"{type(value).__name__} ({short(value)})"
         raise UserError(f"{where}: column {column!r} is {kind}, expected text; convert the column to strings")
     return value
-
-
-def _turns(value: Any, where: str) -> list[dict[str, Any]]:
-    if not isinstance(value, list) or not value:
-        raise UserError(
-            f"{where}: column 'messages' is {type(value).__name__} ({_short(value)}), "
-            'expected a list of turns such as {"role": "user", "content": "..."}'
-        )
-    for turn in value:
-        if not isinstance(turn, dict) or not isinstance(turn.get("role"), str):
-            raise UserError(
-                f'{where}: a turn of \'messages\' is {_short(turn)}, expected {{"role": "user", "content": "..."}}'
-            )
-    # Parquet fills the keys a turn does not have with nulls, which chat templates take for given values.
-    return [{key: item for key, item in turn.items() if item is not None} for turn in value]
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."

@@ -8,7 +8,7 @@ these probabilities, until one of them ends; without weights one stream follows 
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from comol_ds.config import DataSettings
 from comol_ds.data.sources import Source, find_sources
 from comol_ds.data.templates import PromptTemplate, resolve_template
 from comol_ds.data.token_cache import stamp_of, token_stream, tokenized, user_errors
-from comol_ds.data.tokenization import TOKEN_FEATURES, RecordTokenizer, check_chat_template, first_line
+from comol_ds.data.tokenization import TOKEN_FEATURES, RecordTokenizer, first_line
 from comol_ds.errors import UserError
 
 STREAM_PROBE = 1000  # records of a stream that are checked before the run
@@ -42,6 +42,8 @@ class DataReport:
     read: int = 0
     truncated: int = 0
     dropped: int = 0
+    unlabeled_turns: int = 0
+    stripped_reasoning: int = 0
     train: int | None = None
     validation: int = 0
     train_tokens: int | None = None
@@ -54,6 +56,7 @@ class DataReport:
         start = f"data: first {self.read} records of the stream" if self.probed else f"data: {self.read} records read"
         counts = (
             f"{start}, {self.truncated} cut at max_length {self.max_length}, {self.dropped} dropped without any label"
+            + self._lost()
         )
         if self.train is None or self.train_tokens is None or self.trained_tokens is None:
             return f"{counts}; {self.validation} for validation"
@@ -62,6 +65,12 @@ class DataReport:
             f"{counts}; {self.train} for training ({self.train_tokens} tokens, {share:.0f} % with loss), "
             f"{self.validation} for validation; {len(self.tasks)} task{'s' * (len(self.tasks) != 1)}"
         )
+
+    def _lost(self) -> str:
+        """What the chat template leaves untrained, if anything."""
+        turns = f", {self.unlabeled_turns} earlier answers without label since the chat template rewrites them"
+        reasoning = f", {self.stripped_reasoning} answers without their reasoning, which the chat template leaves out"
+        return turns * bool(self.unlabeled_turns) + reasoning * bool(self.stripped_reasoning)
 
 
 @dataclass
@@ -93,11 +102,13 @@ def prepare_data(settings: DataSettings, tokenizer: PreTrainedTokenizerBase, see
         UserError: the data cannot be used; the message names the file, the row or the setting.
     """
     assert settings.dataset, "the launcher fills in the embedded data set"
-    encode = RecordTokenizer(tokenizer, settings.max_length, settings.train_on_prompt)
     sources = find_sources(settings.dataset, settings.dataset_split, settings.dataset_format, settings.streaming)
-    _check_templates(sources, tokenizer)
+    held_out = _eval_sources(settings)
+    template = _template([*sources, *held_out], settings, tokenizer)
+    encode = _encoder(settings, tokenizer, template)
+    sources = _written_by(template, sources)
     report = DataReport(settings.max_length, probed=settings.streaming)
-    evaluation = _evaluation(settings, encode, tokenizer, report.stamps)
+    evaluation = _evaluation(_written_by(template, held_out), settings, encode, report.stamps)
     if settings.streaming:
         train: datasets.Dataset | datasets.IterableDataset = _stream(sources, encode, settings, seed, report)
     else:
@@ -110,8 +121,7 @@ def prepare_data(settings: DataSettings, tokenizer: PreTrainedTokenizerBase, see
         report.tasks = dict(sorted(Counter(train["task"][:]).items()))
     validation = _limit(datasets.concatenate_datasets(evaluation), settings.max_eval_records, seed, _LIMIT_VALIDATION)
     report.validation = len(validation)
-    formats = {source.data_format for group in sources for source in group}
-    return PreparedData(train, validation, report, resolve_template(tokenizer, settings.prompt_template, formats))
+    return PreparedData(train, validation, report, template)
 
 
 def validation_records(settings: DataSettings, tokenizer: PreTrainedTokenizerBase, seed: int) -> datasets.Dataset:
@@ -122,25 +132,42 @@ def validation_records(settings: DataSettings, tokenizer: PreTrainedTokenizerBas
     """
     if not settings.eval_dataset:
         return prepare_data(settings, tokenizer, seed).validation
-    encode = RecordTokenizer(tokenizer, settings.max_length, settings.train_on_prompt)
-    records = datasets.concatenate_datasets(_evaluation(settings, encode, tokenizer, stamps={}))
+    sources = _eval_sources(settings)
+    template = _template(sources, settings, tokenizer)
+    encode = _encoder(settings, tokenizer, template)
+    records = datasets.concatenate_datasets(_evaluation(_written_by(template, sources), settings, encode, stamps={}))
     return _limit(records, settings.max_eval_records, seed, _LIMIT_VALIDATION)
 
 
+def _eval_sources(settings: DataSettings) -> list[tuple[Source, ...]]:
+    return find_sources(settings.eval_dataset or [], "validation", settings.dataset_format)
+
+
+def _template(
+    sources: list[tuple[Source, ...]], settings: DataSettings, tokenizer: PreTrainedTokenizerBase
+) -> PromptTemplate:
+    """What writes the prompts of all data sets."""
+    first_of = {source.data_format: source.path for group in sources for source in group}
+    return resolve_template(tokenizer, settings.prompt_template, first_of)
+
+
+def _written_by(template: PromptTemplate, sources: list[tuple[Source, ...]]) -> list[tuple[Source, ...]]:
+    return [
+        tuple(replace(source, is_conversation=template.writes(source.data_format)) for source in group)
+        for group in sources
+    ]
+
+
+def _encoder(settings: DataSettings, tokenizer: PreTrainedTokenizerBase, template: PromptTemplate) -> RecordTokenizer:
+    return RecordTokenizer(tokenizer, settings.max_length, settings.train_on_prompt, template.chat_template)
+
+
 def _evaluation(
-    settings: DataSettings, encode: RecordTokenizer, tokenizer: PreTrainedTokenizerBase, stamps: dict[str, str]
+    sources: list[tuple[Source, ...]], settings: DataSettings, encode: RecordTokenizer, stamps: dict[str, str]
 ) -> list[datasets.Dataset]:
     """The usable records of every --eval_dataset, whose stamps are added."""
-    sources = find_sources(settings.eval_dataset or [], "validation", settings.dataset_format)
-    _check_templates(sources, tokenizer)
     counts = DataReport(settings.max_length, stamps=stamps)
     return [_read(group, encode, settings, counts, "eval_dataset") for group in sources]
-
-
-def _check_templates(sources: list[tuple[Source, ...]], tokenizer: PreTrainedTokenizerBase) -> None:
-    for source in [source for group in sources for source in group]:
-        if source.data_format == "messages":
-            check_chat_template(tokenizer, f"data set {source.path!r}")
 
 
 def _read(
@@ -158,6 +185,8 @@ def _read(
     report.read += len(data)
     report.dropped += int((trained == 0).sum())
     report.truncated += int((np.asarray(data["truncated"][:]) & (trained > 0)).sum())
+    report.unlabeled_turns += sum(data["unlabeled_turns"][:])
+    report.stripped_reasoning += sum(data["stripped_reasoning"][:])
     lengths = np.asarray(data["prompt_length"][:])
     _check_dropped(_name(sources), trained == 0, lengths, lambda row: data[row], encode, settings.max_dropped_fraction)
     return data.select(np.flatnonzero(trained > 0))
@@ -180,6 +209,8 @@ def _stream(
         report.read += len(head)
         report.dropped += int(empty.sum())
         report.truncated += sum(record["truncated"] and record["trained_tokens"] > 0 for record in head)
+        report.unlabeled_turns += sum(record["unlabeled_turns"] for record in head)
+        report.stripped_reasoning += sum(record["stripped_reasoning"] for record in head)
         _check_dropped(_name(group), empty, lengths, head.__getitem__, encode, settings.max_dropped_fraction)
         streams.append(stream.filter(lambda record: record["trained_tokens"] > 0))
     if len(streams) == 1:

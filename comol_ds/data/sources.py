@@ -30,7 +30,7 @@ SPLIT_WORDS = {
     "test": ("test", "testing"),
 }
 TEXT_FEATURES = datasets.Features(
-    {name: datasets.Value("string") for name in ("record_id", "task", "prompt", "completion", "messages")}
+    {name: datasets.Value("string") for name in ("record_id", "task", "prompt", "completion", "conversation")}
 )
 
 
@@ -38,8 +38,8 @@ TEXT_FEATURES = datasets.Features(
 class Source:
     """One file, or one split of a hub data set.
 
-    `name` labels its records ("<name>:<row number>"), `task` is their task when a row names none, and `stamp` changes
-    when the content does.
+    `name` labels its records ("<name>:<row number>"), `task` is their task when a row names none, `stamp` changes when
+    the content does, and `is_conversation` says that a chat template writes the rows.
     """
 
     path: str
@@ -48,6 +48,7 @@ class Source:
     task: str
     data_format: str
     stamp: str
+    is_conversation: bool = False
 
     @property
     def is_hub(self) -> bool:
@@ -92,7 +93,7 @@ def read_texts(sources: tuple[Source, ...], streaming: bool = False) -> Iterator
         rows = _hub_rows(source, streaming) if source.is_hub else _file_rows(Path(source.path))
         for number, row in rows:
             where = f"{source.path} row {number}"
-            text = to_text(row, source.data_format, where)
+            text = to_text(row, source.data_format, where, source.is_conversation)
             task = row.get("task")
             if task is not None and not isinstance(task, str):
                 raise UserError(f"{where}: column 'task' is {type(task).__name__}, expected text")
@@ -101,7 +102,7 @@ def read_texts(sources: tuple[Source, ...], streaming: bool = False) -> Iterator
                 "task": task or source.task,
                 "prompt": text.prompt,
                 "completion": text.completion,
-                "messages": text.messages,
+                "conversation": text.conversation,
             }
 
 

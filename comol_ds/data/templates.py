@@ -4,7 +4,7 @@ Every way of asking is a chat template in Jinja, the format that transformers, v
 `PromptTemplate.chat_template` as its chat template sends the prompts that were trained.
 """
 
-from collections.abc import Collection
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,11 +13,11 @@ from transformers import PreTrainedTokenizerBase
 from comol_ds.data.token_ids import start_tokens
 from comol_ds.errors import UserError, one_line
 
-# Formats whose rows are an instruction and an answer; without a chat template they are written as Alpaca's.
+# What rows of a format are; an instruction without a chat template is written as Alpaca's.
+_CONVERSATIONS = frozenset({"messages", "sharegpt"})
 _INSTRUCTIONS = frozenset({"alpaca", "question_answer"})
-# Formats whose rows are a prompt and what follows it.
 _PAIRS = frozenset({"prompt_completion"})
-
+_TEXTS = frozenset({"text"})
 # The prompts of Stanford Alpaca (https://github.com/tatsu-lab/stanford_alpaca#data-release).
 _ALPACA_FILE = Path(__file__).with_name("alpaca.jinja")
 
@@ -34,7 +34,7 @@ class PromptTemplate:
 
     name: str
     chat_template: str | dict[str, str] | None
-    literal: frozenset[str] = frozenset()
+    literal: frozenset[str] = _TEXTS
 
     def writes(self, data_format: str) -> bool:
         """Whether rows of this format are conversations that the chat template writes."""
@@ -42,7 +42,7 @@ class PromptTemplate:
 
 
 def resolve_template(
-    tokenizer: PreTrainedTokenizerBase, wanted: str | None, data_formats: Collection[str]
+    tokenizer: PreTrainedTokenizerBase, wanted: str | None, data_formats: Mapping[str, str]
 ) -> PromptTemplate:
     """The template of a run.
 
@@ -52,19 +52,23 @@ def resolve_template(
     Args:
         tokenizer: the base model's, or the one that a run has kept with its template.
         wanted: "chat", "alpaca", "none", a file in Jinja, or None.
-        data_formats: the formats of the run's data, keys of `formats.FORMATS`.
+        data_formats: the formats of the run's data, keys of `formats.FORMATS`, each with a path, for messages.
 
     Raises:
-        UserError: the tokenizer has no chat template and one is needed, or the file is none.
+        UserError: a chat template is needed and there is none, or the file is none.
     """
     alpaca = _start_text(tokenizer) + _ALPACA_FILE.read_text(encoding="utf-8")
     has_own = bool(tokenizer.chat_template) and tokenizer.chat_template != alpaca
     if wanted is None:
         if has_own:
             return PromptTemplate("chat", tokenizer.chat_template)
+        _refuse_conversations(
+            data_formats,
+            f"the tokenizer of {tokenizer.name_or_path!r} has no chat template; use a chat model's tokenizer",
+        )
         if _INSTRUCTIONS & set(data_formats):
-            return PromptTemplate("alpaca", alpaca, _PAIRS)
-        return PromptTemplate("none", None, _PAIRS)
+            return PromptTemplate("alpaca", alpaca, _PAIRS | _TEXTS)
+        return PromptTemplate("none", None, _PAIRS | _TEXTS)
     if wanted == "chat":
         if not tokenizer.chat_template:
             raise UserError(
@@ -75,8 +79,17 @@ def resolve_template(
     if wanted == "alpaca":
         return PromptTemplate("alpaca", alpaca)
     if wanted == "none":
-        return PromptTemplate("none", None, _INSTRUCTIONS | _PAIRS)
+        _refuse_conversations(data_formats, "--prompt_template none writes none; drop it")
+        return PromptTemplate("none", None, _INSTRUCTIONS | _PAIRS | _TEXTS)
     return PromptTemplate(wanted, _read_template(wanted, tokenizer))
+
+
+def _refuse_conversations(data_formats: Mapping[str, str], why: str) -> None:
+    for data_format in _CONVERSATIONS & set(data_formats):
+        raise UserError(
+            f"data set {data_formats[data_format]!r} is in the {data_format} format, but {why}, or give "
+            "--prompt_template alpaca or a file in Jinja"
+        )
 
 
 def _read_template(path: str, tokenizer: PreTrainedTokenizerBase) -> str:

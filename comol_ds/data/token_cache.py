@@ -18,7 +18,7 @@ from typing import Any
 import datasets
 from pyarrow import compute
 
-from comol_ds.data import formats, tokenization
+from comol_ds.data import chat, formats, token_ids, tokenization, turns
 from comol_ds.data import sources as source_files
 from comol_ds.data.sources import TEXT_FEATURES, Source, read_texts
 from comol_ds.data.tokenization import TOKEN_FEATURES, RecordTokenizer, tokenizer_fingerprint
@@ -112,7 +112,8 @@ def _key(sources: tuple[Source, ...], encode: RecordTokenizer) -> str:
         tokenizer_fingerprint(encode.tokenizer),
         encode.max_length,
         encode.train_on_prompt,
-        [inspect.getsource(module) for module in (formats, source_files, tokenization)],
+        encode.chat_template,
+        [inspect.getsource(module) for module in (chat, formats, source_files, token_ids, tokenization, turns)],
     ]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
 

@@ -1,20 +1,21 @@
 """From a text record to token ids and labels: where the loss is, where the end mark goes, what is cut.
 
-Prompt and answer are tokenized apart. Tokenized together, a merge may cross the border (byte-level BPE joins "\\n" and
-what follows), so no position separates what is given from what is learned; and in generation the model is given
-exactly the ids of the prompt, which is what it must be trained on.
+A record is cut into pieces, what is given and what is learned, and tokenized piece by piece (`token_ids.piece_ids`). A
+token that reached across the border would leave no position that separates the two; and in generation the model is
+given exactly the ids of the prompt, which is what it must be trained on.
 """
 
 import hashlib
 import json
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import datasets
 from transformers import PreTrainedTokenizerBase
 
-from comol_ds.data.token_ids import start_tokens
-from comol_ds.errors import UserError, one_line
+from comol_ds.data.chat import ChatRenderer, RenderedChat
+from comol_ds.data.token_ids import piece_ids, start_tokens
+from comol_ds.errors import UserError
 
 IGNORED = -100  # the label without loss, as torch.nn.functional.cross_entropy and transformers have it
 
@@ -29,16 +30,18 @@ TOKEN_FEATURES = datasets.Features(
         "prompt_length": datasets.Value("int32"),
         "reference": datasets.Value("string"),
         "truncated": datasets.Value("bool"),
+        "unlabeled_turns": datasets.Value("int32"),
+        "stripped_reasoning": datasets.Value("int32"),
     }
 )
 
 
 @dataclass(frozen=True)
 class Segment:
-    """A piece of a record that is tokenized on its own; `answer` says that the model has to write it."""
+    """A piece of a record: given, an answer that the model learns, or one that it does not (weight 0)."""
 
     text: str
-    answer: bool
+    kind: Literal["given", "learned", "unlearned"]
 
 
 class RecordTokenizer:
@@ -46,19 +49,27 @@ class RecordTokenizer:
 
     Per record: `input_ids` and `labels` of at most max_length tokens; `labels` is IGNORED where there is no loss and
     on the first token, which nothing predicts, so `trained_tokens` counts the positions that enter the loss;
-    `prompt_length` is the number of tokens before the last answer, uncut; `reference` the text of that answer;
-    `truncated` whether the end, or its end mark, was cut. A record with trained_tokens 0 is to be dropped.
+    `prompt_length` is the number of tokens before the last answer, uncut, and 0 where nothing is asked; `reference` the
+    text of that answer, as it is decoded; `truncated` whether the end, or its end mark, was cut; `unlabeled_turns` and
+    `stripped_reasoning` as `chat.RenderedChat` counts them. A record with trained_tokens 0 is to be dropped.
 
     Args:
         tokenizer: any transformers tokenizer with an end-of-sequence token.
         max_length: longest record in tokens; what is beyond is cut from the end.
         train_on_prompt: put the loss on all tokens instead of the answers'.
+        chat_template: writes conversations; None: the tokenizer's own.
 
     Raises:
         UserError: the tokenizer has no end-of-sequence token.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, max_length: int, train_on_prompt: bool = False):
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        max_length: int,
+        train_on_prompt: bool = False,
+        chat_template: str | dict[str, str] | None = None,
+    ):
         if tokenizer.eos_token_id is None:
             raise UserError(
                 f"the tokenizer of {tokenizer.name_or_path!r} has no eos_token, so no answer could end; "
@@ -69,43 +80,50 @@ class RecordTokenizer:
         self.tokenizer = tokenizer
         self.max_length = max_length
         self.train_on_prompt = train_on_prompt
+        self.chat_template = chat_template
+        self.render = ChatRenderer(tokenizer, chat_template)
         self.start = start_tokens(tokenizer)
 
     def __call__(self, batch: dict[str, list]) -> dict[str, list]:
         """Tokenize columns of text records; all pieces in one call, which fast tokenizers do in parallel."""
-        split, references = [], []
-        for i, record_id in enumerate(batch["record_id"]):
-            if batch["messages"][i]:
-                turns = json.loads(batch["messages"][i])
-                split.append(self._chat_segments(turns, record_id))
-                references.append(_last_answer(turns))
-            else:
-                completion = batch["completion"][i]
-                answer = [Segment(completion, True)] if completion.strip() else []
-                split.append([Segment(batch["prompt"][i], False), *answer])
-                references.append(completion)
-        texts = [segment.text for segments in split for segment in segments]
-        ids = iter(self.tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else [])
-        rows = [
-            self._join(segments, [next(ids) for _ in segments], is_chat=bool(messages))
-            for segments, messages in zip(split, batch["messages"], strict=True)
+        chats = [
+            self._rendered(conversation, record_id) if conversation else None
+            for conversation, record_id in zip(batch["conversation"], batch["record_id"], strict=True)
         ]
+        split = [
+            _literal_segments(prompt, completion) if chat is None else _chat_segments(chat)
+            for chat, prompt, completion in zip(chats, batch["prompt"], batch["completion"], strict=True)
+        ]
+        ids = piece_ids(self.tokenizer, [[segment.text for segment in segments] for segments in split])
+        rows = [self._join(*parts) for parts in zip(split, ids, chats, strict=True)]
         columns = {name: [row[name] for row in rows] for name in rows[0]} if rows else {}
-        return {"record_id": batch["record_id"], "task": batch["task"], "reference": references, **columns}
+        return {"record_id": batch["record_id"], "task": batch["task"], **columns}
 
-    def _join(self, segments: list[Segment], pieces: list[list[int]], is_chat: bool) -> dict[str, Any]:
+    def _rendered(self, conversation: str, record_id: str) -> RenderedChat:
+        chat = self.render(json.loads(conversation), record_id)
+        if self.train_on_prompt and chat.unplaced_untrained:
+            raise UserError(
+                f"{record_id}: the chat template rewrites a turn of weight 0, so --train_on_prompt would train it; "
+                "drop the flag or the turn"
+            )
+        return chat
+
+    def _join(self, segments: list[Segment], pieces: list[list[int]], chat: RenderedChat | None) -> dict[str, Any]:
         # A chat template writes its own start tokens.
-        ids = [] if is_chat else list(self.start)
+        ids = list(self.start) if chat is None else []
         labels = [IGNORED] * len(ids)
-        prompt_length = 0
+        prompt_length, reference, is_asked = 0, "", False
         for segment, piece in zip(segments, pieces, strict=True):
-            if segment.answer:
-                prompt_length = len(ids)
+            if segment.kind == "learned":
+                prompt_length = len(ids) if is_asked else 0
                 if segment is segments[-1]:
-                    piece = self._with_end(piece, is_chat)
-            ids += piece
-            labels += piece if segment.answer or self.train_on_prompt else [IGNORED] * len(piece)
-        if not segments or not segments[-1].answer:
+                    reference = self.tokenizer.decode(piece, skip_special_tokens=True) if is_asked else ""
+                    piece = self._with_end(piece, chat)
+            is_asked = is_asked or segment.kind == "given"
+            has_loss = segment.kind == "learned" or (segment.kind == "given" and self.train_on_prompt)
+            ids = ids + piece
+            labels += piece if has_loss else [IGNORED] * len(piece)
+        if not any(segment.kind == "learned" for segment in segments):
             prompt_length = len(ids)
         truncated = len(ids) > self.max_length
         ids, labels = ids[: self.max_length], labels[: self.max_length]
@@ -116,81 +134,32 @@ class RecordTokenizer:
             "length": len(ids),
             "trained_tokens": sum(label != IGNORED for label in labels),
             "prompt_length": prompt_length,
+            "reference": reference,
             "truncated": truncated,
+            "unlabeled_turns": chat.unlabeled_turns if chat else 0,
+            "stripped_reasoning": chat.stripped_reasoning if chat else 0,
         }
 
-    def _with_end(self, answer: list[int], is_chat: bool) -> list[int]:
+    def _with_end(self, answer: list[int], chat: RenderedChat | None) -> list[int]:
         """The answer and its end mark, before any cut: a cut answer loses it and is not taught to stop there."""
-        eos = self.tokenizer.eos_token_id
-        if is_chat and eos in answer:
-            # Templates may go on after the end mark, mostly with a newline that is never generated.
-            return answer[: len(answer) - answer[::-1].index(eos)]
-        return answer if answer[-1:] == [eos] else [*answer, eos]
-
-    def _chat_segments(self, turns: list[dict[str, Any]], record_id: str) -> list[Segment]:
-        """Cut the rendered chat into given and answered pieces.
-
-        The span of an assistant turn is what the template adds between the chat up to that turn, with the generation
-        prompt, and the chat including it. Some templates rewrite earlier turns (Qwen3 removes their reasoning): an
-        earlier turn that cannot be placed gets no loss; the last one must be.
-        """
-        answers = [i for i, turn in enumerate(turns) if turn["role"] == "assistant"]
-        if not answers or not _last_answer(turns).strip():
-            return [Segment(self._render(turns, record_id), False)]
-        last = answers[-1]
-        whole = self._render(turns[: last + 1], record_id)
-        segments, done = [], 0
-        for i in answers:
-            start = self._turn_start(turns[:i], whole, record_id)
-            end = len(whole) if i == last else _length_if_prefix(self._render(turns[: i + 1], record_id), whole)
-            if start is None or end is None:
-                if i == last:
-                    raise UserError(
-                        f"{record_id}: the chat template of {self.tokenizer.name_or_path!r} does not write the last "
-                        "assistant turn after the ones before it; use another template or the prompt_completion format"
-                    )
-                continue
-            segments += [Segment(whole[done:start], False), Segment(whole[start:end], True)]
-            done = end
-        return [segment for segment in segments if segment.text]
-
-    def _turn_start(self, before: list[dict[str, Any]], whole: str, record_id: str) -> int | None:
-        if not before:
-            return 0
-        with_header = _length_if_prefix(self._render(before, record_id, add_generation_prompt=True), whole)
-        return with_header if with_header is not None else _length_if_prefix(self._render(before, record_id), whole)
-
-    def _render(self, turns: list[dict[str, Any]], record_id: str, add_generation_prompt: bool = False) -> str:
-        try:
-            return self.tokenizer.apply_chat_template(
-                turns, tokenize=False, add_generation_prompt=add_generation_prompt
-            )
-        except Exception as error:  # a template may raise anything
-            reason = one_line(error, limit=200)
-            raise UserError(
-                f"{record_id}: the chat template of {self.tokenizer.name_or_path!r} refuses this record ({reason}); "
-                "change its turns or drop it"
-            ) from error
+        is_ended = answer[-1:] == [self.tokenizer.eos_token_id] if chat is None else chat.is_ended
+        return answer if is_ended else [*answer, self.tokenizer.eos_token_id]
 
 
-def _length_if_prefix(head: str, whole: str) -> int | None:
-    return len(head) if whole.startswith(head) else None
+def _literal_segments(prompt: str, completion: str) -> list[Segment]:
+    answer = [Segment(completion, "learned")] if completion.strip() else []
+    return [Segment(prompt, "given"), *answer] if prompt else answer
 
 
-def _last_answer(turns: list[dict[str, Any]]) -> str:
-    contents = [turn.get("content") for turn in turns if turn["role"] == "assistant"]
-    if not contents or contents[-1] is None:
-        return ""
-    return contents[-1] if isinstance(contents[-1], str) else json.dumps(contents[-1], ensure_ascii=False)
-
-
-def check_chat_template(tokenizer: PreTrainedTokenizerBase, where: str) -> None:
-    """Raise UserError if the tokenizer cannot write chats."""
-    if not tokenizer.chat_template:
-        raise UserError(
-            f"{where} is in the messages format, but the tokenizer of {tokenizer.name_or_path!r} has no chat template; "
-            "use a chat model's tokenizer or data with prompt and completion"
-        )
+def _chat_segments(chat: RenderedChat) -> list[Segment]:
+    segments, done = [], 0
+    for answer in chat.answers:
+        segments += [
+            Segment(chat.text[done : answer.start], "given"),
+            Segment(chat.text[answer.start : answer.end], "learned" if answer.trained else "unlearned"),
+        ]
+        done = answer.end
+    return [segment for segment in [*segments, Segment(chat.text[done:], "given")] if segment.text]
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:

@@ -129,6 +129,7 @@ _DECIDE_DATA_ORDER = (
     "dataset",
     "dataset_weights",
     "dataset_format",
+    "prompt_template",
     "dataset_split",
     "eval_dataset",
     "validation_split_percentage",

@@ -15,7 +15,7 @@ from tests.data.data_helpers import real_data, settings, sums, tiny_tokenizer, w
 
 
 def prepare(*data_sets, tokenizer=None, seed=1, **changes):
-    return prepare_data(settings(*data_sets, **changes), tokenizer or tiny_tokenizer(), seed)
+    return prepare_data(settings(*data_sets, **changes), tokenizer or tiny_tokenizer(chat=False), seed)
 
 
 def refused(*data_sets, **changes) -> str:
@@ -129,7 +129,7 @@ def test_errors_inside_datasets_come_out_as_they_are(tmp_path):
     path.write_text('{"prompt": "a", "completion": "b"}\n' * 3 + "broken\n")
     assert "x.jsonl line 4: broken JSON" in refused(str(path))
     path = write_jsonl(tmp_path / "chat.jsonl", [{"messages": [{"role": "user", "content": "a"}]}])
-    assert "has no chat template" in refused(path, tokenizer=tiny_tokenizer(chat=False))
+    assert "chat.jsonl' is in the messages format, but the tokenizer of 'tiny' has no chat template" in refused(path)
     rows = [{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}] * 3
     bad = tiny_tokenizer()
     bad.chat_template = "{{ raise_exception('no') }}"
@@ -157,7 +157,7 @@ def test_cache_is_hit_by_the_same_and_missed_by_anything_else(two_sets, builds):
     assert len(builds) == 1  # neither changes a token
     prepare(two_sets[0], max_length=64)
     prepare(two_sets[0], train_on_prompt=True)
-    prepare(two_sets[0], tokenizer=tiny_tokenizer(adds=""))
+    prepare(two_sets[0], tokenizer=tiny_tokenizer(chat=False, adds=""))
     assert len(builds) == 4
 
 

@@ -8,7 +8,6 @@ from comol_ds.data.token_ids import start_tokens
 from comol_ds.data.tokenization import (
     IGNORED,
     RecordTokenizer,
-    check_chat_template,
     format_example,
     tokenizer_fingerprint,
 )
@@ -21,7 +20,7 @@ BOS, EOS = 1, 2
 def encode(prompt="How many?", completion="Twelve.", messages=None, tokenizer=None, max_length=128, **options):
     tokenizer = tokenizer or tiny_tokenizer()
     text = {"record_id": "x:1", "task": "t", "prompt": prompt, "completion": completion}
-    text["messages"] = "" if messages is None else json.dumps(messages)
+    text["conversation"] = "" if messages is None else json.dumps({"messages": messages})
     batch = RecordTokenizer(tokenizer, max_length, **options)({key: [value] for key, value in text.items()})
     return {key: values[0] for key, values in batch.items()}
 
@@ -109,7 +108,7 @@ CHAT = [
 
 def test_chat_loss_on_assistant_turns_only():
     record = encode(messages=CHAT)
-    assert trained_text(record) == "Twelve.</s>\nTen.</s>"
+    assert trained_text(record) == "Twelve.</s>Ten.</s>"
     text = tiny_tokenizer().decode(record["input_ids"])
     assert text == tiny_tokenizer().apply_chat_template(CHAT, tokenize=False).removesuffix("\n")
     assert record["reference"] == "Ten."
@@ -146,8 +145,6 @@ def test_template_problems_are_user_errors():
     tokenizer.chat_template = "{{ messages | length }}{% for m in messages %}{{ m['content'] }}{% endfor %}"
     with pytest.raises(UserError, match="does not write the last assistant turn after the ones before it"):
         encode(messages=CHAT, tokenizer=tokenizer)
-    with pytest.raises(UserError, match=r"'chat\.jsonl' is in the messages format, but the tokenizer of 'tiny' has no"):
-        check_chat_template(tiny_tokenizer(chat=False), "'chat.jsonl'")
 
 
 def test_tokenizer_without_end_token_and_tiny_max_length():

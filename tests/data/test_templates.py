@@ -2,23 +2,31 @@
 
 import pytest
 
-from comol_ds.data.formats import ALPACA_PLAIN, ALPACA_WITH_INPUT
 from comol_ds.data.templates import resolve_template
 from comol_ds.errors import UserError
 from tests.data.data_helpers import CHAT_TEMPLATE, tiny_tokenizer
 
-FORMATS = ("messages", "alpaca", "question_answer", "prompt_completion")
+ALPACA_PLAIN = (
+    "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\nAdd {them}.\n\n### Response:\n"
+)
+ALPACA_WITH_INPUT = (
+    "Below is an instruction that describes a task, paired with an input that provides further context. "
+    "Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\nAdd {them}.\n\n### Input:\n1 and 2\n\n### Response:\n"
+)
+FORMATS = ("messages", "sharegpt", "alpaca", "question_answer", "prompt_completion")
 USER = {"role": "user", "content": "Add {them}."}
 
 
 def resolved(wanted=None, chat=True, formats=("alpaca",)):
-    template = resolve_template(tiny_tokenizer(chat=chat), wanted, formats)
+    template = resolve_template(tiny_tokenizer(chat=chat), wanted, dict.fromkeys(formats, "x.jsonl"))
     return template.name, template.chat_template, {name for name in FORMATS if template.writes(name)}
 
 
 def render(turns, tokenizer=None, add_generation_prompt=True):
     tokenizer = tokenizer or tiny_tokenizer()
-    tokenizer.chat_template = resolve_template(tokenizer, "alpaca", []).chat_template
+    tokenizer.chat_template = resolve_template(tokenizer, "alpaca", {}).chat_template
     return tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=add_generation_prompt)
 
 
@@ -29,29 +37,29 @@ def test_a_tokenizer_with_a_chat_template_uses_it_for_every_format():
 
 def test_without_one_instructions_are_written_as_alpacas_and_prompts_as_they_are():
     name, _, written = resolved(chat=False)
-    assert (name, written) == ("alpaca", {"messages", "alpaca", "question_answer"})
+    assert (name, written) == ("alpaca", {"messages", "sharegpt", "alpaca", "question_answer"})
     assert resolved(chat=False, formats=("prompt_completion",))[:2] == ("none", None)
 
 
 def test_the_flag_beats_the_tokenizers_own():
     name, alpaca, written = resolved("alpaca")
     assert (name, written) == ("alpaca", set(FORMATS)) and alpaca != CHAT_TEMPLATE
-    assert resolved("none") == ("none", None, {"messages"})
+    assert resolved("none") == ("none", None, {"messages", "sharegpt"})
 
 
 def test_a_kept_tokenizer_resolves_as_the_one_that_the_run_began_with():
     fresh, kept = tiny_tokenizer(chat=False), tiny_tokenizer(chat=False)
-    kept.chat_template = resolve_template(fresh, None, ["alpaca"]).chat_template
-    formats = ["alpaca", "prompt_completion"]
+    kept.chat_template = resolve_template(fresh, None, {"alpaca": "x.jsonl"}).chat_template
+    formats = dict.fromkeys(["alpaca", "prompt_completion"], "x.jsonl")
     assert resolve_template(kept, None, formats) == resolve_template(fresh, None, formats)
 
 
 @pytest.mark.parametrize("adds", ["", "bos", "bos eos"])
 def test_alpaca_prompts_are_stanfords_after_what_the_tokenizer_starts_with(adds):
     start = "<s>" if adds else ""
-    assert render([USER], tiny_tokenizer(adds=adds)) == start + ALPACA_PLAIN.format(instruction="Add {them}.")
-    given = render([USER | {"input": "1 and 2"}], tiny_tokenizer(adds=adds))
-    assert given == start + ALPACA_WITH_INPUT.format(instruction="Add {them}.", input="1 and 2")
+    assert render([USER], tiny_tokenizer(adds=adds)) == start + ALPACA_PLAIN
+    given = render([USER | {"instruction": "Add {them}.", "input": "1 and 2"}], tiny_tokenizer(adds=adds))
+    assert given == start + ALPACA_WITH_INPUT
 
 
 def test_alpaca_prompts_with_system_and_history_end_every_answer_once():
@@ -89,3 +97,15 @@ def test_a_file_is_read_and_proven(tmp_path):
 def test_chat_needs_a_template():
     with pytest.raises(UserError, match="--prompt_template chat: the tokenizer of 'tiny' has no chat template; use"):
         resolved("chat", chat=False)
+
+
+@pytest.mark.parametrize("data_format", ["messages", "sharegpt"])
+def test_conversations_need_one_that_was_not_guessed(data_format):
+    for formats in ((data_format,), (data_format, "alpaca")):
+        with pytest.raises(UserError) as error:
+            resolved(chat=False, formats=formats)
+        assert f"'x.jsonl' is in the {data_format} format, but the tokenizer of 'tiny' has no chat" in str(error.value)
+        assert str(error.value).endswith("or give --prompt_template alpaca or a file in Jinja")
+    with pytest.raises(UserError, match=f"in the {data_format} format, but --prompt_template none writes none"):
+        resolved("none", formats=(data_format,))
+    assert resolved("alpaca", chat=False, formats=(data_format,))[0] == "alpaca"

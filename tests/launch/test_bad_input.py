@@ -281,10 +281,10 @@ def test_data_file(message, inputs):
     assert f"data file '{path}' is empty" in message(dataset=path)
     path.write_text('{"prompt": "a", "completion": "b"}\n' * 6 + '{"prompt": "a", completion: "b"}\n')
     assert f"{path} line 7: broken JSON" in message(dataset=path)
-    write_jsonl(path, [{"text": "a", "label": 1}])
+    write_jsonl(path, [{"body": "a", "label": 1}])
     found = message(dataset=path)
-    assert "no known columns (found: text, label); accepted formats: messages (messages), prompt_completion" in found
-    assert "question_answer (question, answer); rename the columns" in found
+    assert "no known columns (found: body, label); accepted formats: messages (messages), sharegpt" in found
+    assert "question_answer (question, answer), text (text); rename the columns" in found
     assert "data set '" in message(eval_dataset=inputs.folder / "held_out.jsonl")
 
 

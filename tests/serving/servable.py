@@ -20,7 +20,7 @@ def save_servable_model(folder: Path, family: str = "llama", seed: int = 0) -> P
     config.head_dim = HEAD_DIM
     torch.manual_seed(seed)
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)
-    tiny_tokenizer().save_pretrained(folder)
+    tiny_tokenizer(chat=False).save_pretrained(folder)
     return folder
 
 

@@ -81,7 +81,7 @@ def records(model):
         "task": [row["task"] for row in rows],
         "prompt": [row["prompt"] for row in rows],
         "completion": [row["completion"] for row in rows],
-        "messages": [""] * len(rows),
+        "conversation": [""] * len(rows),
     }
     data = datasets.Dataset.from_dict(RecordTokenizer(TOKENIZER, max_length=64)(texts))
     model.eval()

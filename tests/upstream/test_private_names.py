@@ -175,6 +175,8 @@ TRANSFORMERS = (
     Row("transformers.utils.hub.cached_files", "_raise_exceptions_for_missing_entries", parameter),
     Row("transformers.utils", "SAFE_WEIGHTS_NAME", equal("model.safetensors")),
     Row("transformers.utils", "SAFE_WEIGHTS_INDEX_NAME", equal("model.safetensors.index.json")),
+    Row("transformers.utils.chat_template_utils", "render_jinja_template",
+        called(1, "tools", "chat_template", "return_assistant_tokens_mask")),
     Row("transformers.utils", "CHAT_TEMPLATE_DIR", equal("additional_chat_templates")),
     Row("transformers.models.auto.configuration_auto", "CONFIG_MAPPING", holding("llama", "qwen2")),
     Row("transformers.models.auto.modeling_auto", "MODEL_MAPPING", holding(LlamaConfig)),

@@ -1,0 +1,292 @@
+"""One rendering of a conversation, and where its answers lie in it.
+
+A conversation is rendered once, up to its last answer, as serving would render it. The span of an answer is what the
+model has to write there: it begins where the generation prompt ends and reaches through the mark that ends the turn.
+A template with {% generation %} markers says itself where answers lie; for others the same template, applied to the
+turns before the answer and to the turns up to it, shows where the answer begins and ends. A template that rewrites
+earlier turns (many strip their reasoning) leaves no place where such an answer could be learned as it is produced:
+that turn has no span, and is counted.
+"""
+
+import json
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from transformers import PreTrainedTokenizerBase
+from transformers.utils.chat_template_utils import render_jinja_template
+
+from comol_ds.errors import UserError, one_line
+
+_Rendering = TypeVar("_Rendering")
+_MARKERS = re.compile(r"\{%-?\s*generation\s*-?%\}")
+# Fields in which data sets keep reasoning (transformers fills them from one another), and how it stands in a content.
+_REASONING_FIELDS = ("reasoning_content", "reasoning", "thinking")
+_REASONING = re.compile(r"<think>(.*?)</think>", re.DOTALL)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A span of the rendering, in characters; `trained` says that the loss counts it."""
+
+    start: int
+    end: int
+    trained: bool
+
+
+@dataclass(frozen=True)
+class RenderedChat:
+    """A conversation as text up to the end of its last answer.
+
+    Attributes:
+        text: what the template wrote.
+        answers: in order, without overlap.
+        is_ended: the last answer reaches through a mark that ends the turn.
+        unlabeled_turns: answers that have no span.
+        stripped_reasoning: answers whose reasoning the template did not write.
+        unplaced_untrained: answers of weight 0 that have no span.
+    """
+
+    text: str
+    answers: tuple[Answer, ...] = ()
+    is_ended: bool = False
+    unlabeled_turns: int = 0
+    stripped_reasoning: int = 0
+    unplaced_untrained: int = 0
+
+
+class ChatRenderer:
+    """Renders conversations by a chat template and finds their answers.
+
+    Args:
+        tokenizer: knows the special tokens.
+        chat_template: Jinja; named templates, or None: the tokenizer's own.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, chat_template: str | dict[str, str] | None):
+        self.tokenizer = tokenizer
+        self.chat_template = chat_template if isinstance(chat_template, str) else None
+        added = (token.content for token in tokenizer.added_tokens_decoder.values() if token.special)
+        self.specials = sorted({*added, *tokenizer.all_special_tokens} - {""}, key=len, reverse=True)
+        self.special = re.compile("|".join(map(re.escape, self.specials)))
+        self.mark = re.compile(rf"\s*(?:{self.special.pattern})+")
+
+    def __call__(self, conversation: dict[str, Any], record_id: str) -> RenderedChat:
+        """Render one conversation.
+
+        Args:
+            conversation: {"messages": [...], "tools": [...], "options": {...}} as `formats.TextRecord` has it.
+            record_id: for messages.
+
+        Raises:
+            UserError: the template refuses the record, loses its system turn or a tool, or does not write the last
+                answer after the turns before it.
+        """
+        chat = _Chat(self, conversation, record_id)
+        answers = [number for number, turn in enumerate(chat.turns) if _is_answer(turn)]
+        trained = [number for number in answers if conversation["messages"][number].get("weight") != 0]
+        if not trained:
+            said = [number for number, turn in enumerate(chat.turns) if turn["role"] != "assistant"]
+            return RenderedChat(chat.write(max([*answers, *said], default=-1) + 1))
+        last = trained[-1]
+        text, marked = chat.write_marked(last + 1)
+        chat.check_nothing_lost(text)
+        spans = {number: chat.span(number, last, text, marked) for number in answers if number <= last}
+        if spans[last] is None:
+            raise UserError(
+                f"{record_id}: the chat template of {self.tokenizer.name_or_path!r} does not write the last "
+                "assistant turn after the ones before it; use another template or the prompt_completion format"
+            )
+        placed = tuple(Answer(*span, number in trained) for number, span in spans.items() if span is not None)
+        return RenderedChat(
+            text[: placed[-1].end],
+            placed,
+            is_ended=text.endswith(tuple(self.specials), 0, placed[-1].end),
+            unlabeled_turns=sum(number in trained and span is None for number, span in spans.items()),
+            stripped_reasoning=sum(_is_stripped(turn, text) for turn in chat.turns[: last + 1]),
+            unplaced_untrained=sum(number not in trained and span is None for number, span in spans.items()),
+        )
+
+    def common_prefix(self, one: str, other: str) -> int:
+        """Characters that both begin with, whole special tokens only."""
+        low, high = 0, min(len(one), len(other))
+        while low < high:
+            middle = (low + high + 1) // 2
+            if one[low:middle] == other[low:middle]:
+                low = middle
+            else:
+                high = middle - 1
+        longest = len(self.specials[0]) if self.specials else 0
+        for text in (one, other):
+            for token in self.special.finditer(text, max(0, low - longest), low + longest):
+                if token.start() < low < token.end():
+                    low = token.start()
+        return low
+
+    def through_mark(self, segment: str) -> int:
+        """Characters of a turn through the special tokens that end it; all of them if none does.
+
+        What a template writes after them (mostly a newline, or the mark of the whole conversation) is never generated.
+        """
+        end = len(segment)
+        while token := next((t for t in self.specials if segment[:end].rstrip().endswith(t)), None):
+            end = len(segment[:end].rstrip()) - len(token)
+        mark = self.mark.match(segment, end)
+        return mark.end() if mark else len(segment)
+
+
+class _Chat:
+    """One conversation, to be written by the template as far as one asks."""
+
+    def __init__(self, renderer: ChatRenderer, conversation: dict[str, Any], record_id: str):
+        self.renderer = renderer
+        self.turns = [{k: v for k, v in turn.items() if k != "weight"} for turn in conversation["messages"]]
+        self.tools = conversation.get("tools")
+        self.options = conversation.get("options", {})
+        self.record_id = record_id
+        if any("tool_calls" in turn for turn in self.turns) and not self._writes_arguments():
+            self.turns = [_with_json_arguments(turn) for turn in self.turns]
+
+    def write(self, count: int, add_generation_prompt: bool = False) -> str:
+        """The first `count` turns as the template writes them."""
+        if count == 0:
+            return ""
+        tokenizer = self.renderer.tokenizer
+        return self._refusable(
+            lambda turns: tokenizer.apply_chat_template(
+                turns,
+                tools=self.tools,
+                chat_template=self.renderer.chat_template,
+                add_generation_prompt=add_generation_prompt,
+                tokenize=False,
+                **self.options,
+            ),
+            count,
+        )
+
+    def write_marked(self, count: int) -> tuple[str, dict[int, tuple[int, int]]]:
+        """The first `count` turns, and turn -> the span that the template's own markers give it."""
+        tokenizer = self.renderer.tokenizer
+        template = tokenizer.get_chat_template(self.renderer.chat_template, self.tools)
+        if not _MARKERS.search(template):
+            return self.write(count), {}
+        (text,), (spans,) = self._refusable(
+            lambda turns: render_jinja_template(
+                [turns],
+                tools=self.tools,
+                chat_template=template,
+                return_assistant_tokens_mask=True,
+                **{**tokenizer.special_tokens_map, **self.options},
+            ),
+            count,
+        )
+        assistants = [number for number, turn in enumerate(self.turns[:count]) if turn["role"] == "assistant"]
+        return text, dict(zip(assistants, spans, strict=True)) if len(assistants) == len(spans) else {}
+
+    def span(self, number: int, last: int, text: str, marked: dict[int, tuple[int, int]]) -> tuple[int, int] | None:
+        """Where the model writes a turn, of a text of `last` + 1 turns; None if the template rewrites it there."""
+        begin = self._begin(number, text)
+        if number in marked:
+            start, end = marked[number]
+            end += self._mark_after(text, marked, last, number)
+            start = begin if begin is not None and start < begin < end else start
+        else:
+            end = len(text) if number == last else self._end(number, text)
+            if begin is None or end is None or end <= begin:
+                return None
+            start = begin
+        return start, start + self.renderer.through_mark(text[start:end])
+
+    def _begin(self, number: int, text: str) -> int | None:
+        """Where the prompt for a turn ends."""
+        if number == 0:
+            return 0
+        prompt = self.write(number, add_generation_prompt=True)
+        if text.startswith(prompt):
+            return len(prompt)
+        before = self.write(number)
+        if not text.startswith(before):
+            return None
+        # The prompt goes on otherwise than the answer, as where it opens reasoning that the answer lacks.
+        return max(len(before), self.renderer.common_prefix(prompt, text))
+
+    def _end(self, number: int, text: str) -> int | None:
+        """Where a turn before the last ends, if it stands there as it was when it was the last."""
+        as_last = self.write(number + 1)
+        end = self.renderer.common_prefix(as_last, text)
+        # Marks may differ: one may end a conversation, another a turn.
+        return None if self.renderer.special.sub("", as_last[end:]).strip() else end
+
+    def _mark_after(self, text: str, marked: dict[int, tuple[int, int]], last: int, number: int) -> int:
+        """Characters of the mark that the template writes after a marked span which does not hold it."""
+        end = marked[number][1]
+        if text.endswith(tuple(self.renderer.specials), 0, end):
+            return 0
+        mark = self.renderer.mark.match(text, marked[last][1])
+        return len(mark.group()) if mark and text.startswith(mark.group(), end) else 0
+
+    def check_nothing_lost(self, text: str) -> None:
+        """Refuse a template that leaves out, without a word, what stands beside the turns."""
+        name = self.renderer.tokenizer.name_or_path
+        if self.turns[0]["role"] == "system" and self.turns[0]["content"].strip() not in text:
+            raise UserError(
+                f"{self.record_id}: the chat template of {name!r} does not write the system turn; use another template "
+                "or data without system turns"
+            )
+        for tool in self.tools or []:
+            if tool["function"]["name"] not in text:
+                raise UserError(
+                    f"{self.record_id}: the chat template of {name!r} does not write the tool "
+                    f"{tool['function']['name']!r}; use another template, or leave them out with --columns tools="
+                )
+
+    def _writes_arguments(self) -> bool:
+        """Whether the template writes parsed arguments; one that joins them to a text wants them as JSON."""
+        try:
+            text = self.write(len(self.turns))
+        except UserError:
+            return False
+        arguments = [call["function"]["arguments"] for turn in self.turns for call in turn.get("tool_calls", [])]
+        return not any(str(given) in text for given in arguments if str(given) != json.dumps(given))
+
+    def _refusable(self, render: Callable[[list[dict[str, Any]]], _Rendering], count: int) -> _Rendering:
+        try:
+            return render(self.turns[:count])
+        except Exception as error:  # a template may raise anything
+            reason = one_line(error, limit=200)
+            raise UserError(
+                f"{self.record_id}: the chat template of {self.renderer.tokenizer.name_or_path!r} refuses this record "
+                f"({reason}); change its turns or drop it"
+            ) from error
+
+
+def _with_json_arguments(turn: dict[str, Any]) -> dict[str, Any]:
+    if "tool_calls" not in turn:
+        return turn
+    calls = [
+        {
+            **call,
+            "function": call["function"] | {"arguments": json.dumps(call["function"]["arguments"], ensure_ascii=False)},
+        }
+        for call in turn["tool_calls"]
+    ]
+    return {**turn, "tool_calls": calls}
+
+
+def _is_answer(turn: dict[str, Any]) -> bool:
+    """Whether the model says something in this turn."""
+    said = turn.get("content", "").strip() or turn.get("tool_calls") or _reasoning(turn)
+    return turn["role"] == "assistant" and bool(said)
+
+
+def _reasoning(turn: dict[str, Any]) -> str:
+    """The reasoning of a turn, from a field of its own or from its content."""
+    fields = (turn.get(name) for name in _REASONING_FIELDS)
+    inside = _REASONING.search(turn.get("content", ""))
+    text = next((field for field in fields if isinstance(field, str)), inside.group(1) if inside else "")
+    return text.strip()
+
+
+def _is_stripped(turn: dict[str, Any], text: str) -> bool:
+    return turn["role"] == "assistant" and _reasoning(turn) not in text
