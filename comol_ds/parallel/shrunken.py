@@ -52,7 +52,7 @@ def shrunken_copy(
 
     Args:
         config: the model's own; it is not changed.
-        attn_implementation: "sdpa" or "eager".
+        attn_implementation: the run's; sdpa takes the place of flash_attention_2, which needs a GPU.
         max_length: tokens of the run's longest rows. Windows that such rows exceed are shorter than the copy's rows
             too.
         accepts: whether a copy will do; a larger one is tried if not.
@@ -61,6 +61,8 @@ def shrunken_copy(
         NotShrinkable: no copy small enough can be built and run.
     """
     reasons = []
+    if attn_implementation == "flash_attention_2":
+        attn_implementation = "sdpa"
     for factor in _factors(config.get_text_config()):
         small = _shrunken_config(config, factor, max_length)
         try:
@@ -90,6 +92,11 @@ def text_model(model: PreTrainedModel) -> nn.Module:
         return model
     parts = (module for module in model.modules() if isinstance(module, PreTrainedModel) and module is not model)
     return next((part for part in parts if type(part.config) is type(settings)), model)
+
+
+def without_numbers(name: str) -> str:
+    """What the names of the same module in all layers share: model.layers.3.mlp -> model.layers.*.mlp."""
+    return ".".join("*" if part.isdigit() else part for part in name.split("."))
 
 
 def _factors(settings: PreTrainedConfig) -> list[int]:

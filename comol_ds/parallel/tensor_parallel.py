@@ -39,9 +39,18 @@ def parallelize(model: PeftModel, placement: dict[str, BaseKind], mesh: Mesh, de
         How the logits are spread.
     """
     base = model.get_base_model()
+    vocabulary = shard_base(base, placement, mesh)
+    draw_adapters(base, mesh, device)
+    return vocabulary
+
+
+def shard_base(base: nn.Module, placement: dict[str, BaseKind], mesh: Mesh) -> Vocabulary:
+    """Replace the sharded layers, inside their adapters where they have one; arguments and answer as of `parallelize`.
+
+    The new parameters remember their shards and have no values yet.
+    """
     vocabulary = _shard_vocabulary(base, mesh)
     _shard_linears(base, placement, mesh)
-    draw_adapters(base, mesh, device)
     return vocabulary
 
 

@@ -63,7 +63,7 @@ def place_linears(model: PreTrainedModel, plan_file: str | None) -> dict[str, Ba
     Raises:
         UserError: no plan, an unreadable one, or one that would compute something else than the whole model.
     """
-    plan = _own_plan(model) if plan_file is None else _read_plan(plan_file)
+    plan = _plan_of(model, plan_file)
     _check_styles(plan)
     placement = _match(model, plan)
     if not placement:
@@ -104,7 +104,7 @@ def check_placement(
                 " parts; set it to 0 in the model's config.json"
             )
     _check_ends(model, asked)
-    sizes = _divided_sizes(model, placement)
+    sizes = divided_sizes(model, placement)
     vocabulary = model.get_input_embeddings().num_embeddings
     working = [k for k in divisors(math.gcd(*sizes.values())) if 1 < k <= vocabulary]
     remedy = f"use {either(working or [1])}"
@@ -113,6 +113,15 @@ def check_placement(
             raise UserError(f"{asked} does not divide {what} = {size}; {remedy}")
     if vocabulary < tensor_parallel:
         raise UserError(f"{asked}: the vocabulary has {vocabulary} rows, fewer than ranks; {remedy}")
+
+
+def plan_error(model: PreTrainedModel, plan_file: str | None, fault: str) -> UserError:
+    """What to raise about a plan that `place_linears` has accepted; ``fault`` continues the plan's name."""
+    return _plan_of(model, plan_file).error(fault, "leave these layers out of the plan or use --tensor_parallel_size 1")
+
+
+def _plan_of(model: PreTrainedModel, plan_file: str | None) -> _Plan:
+    return _own_plan(model) if plan_file is None else _read_plan(plan_file)
 
 
 def _read_plan(plan_file: str) -> _Plan:
@@ -242,8 +251,8 @@ def _check_ends(model: PreTrainedModel, asked: str) -> None:
         )
 
 
-def _divided_sizes(model: PreTrainedModel, placement: dict[str, BaseKind]) -> dict[str, int]:
-    """Everything that must be a multiple of the tensor-parallel size, by name, in the order of complaint."""
+def divided_sizes(model: PreTrainedModel, placement: dict[str, BaseKind]) -> dict[str, int]:
+    """What must be a multiple of the tensor-parallel size, by name, in the order of complaint; as `check_placement`."""
     settings = model.config.get_text_config()
     heads = settings.num_attention_heads
     sizes = {

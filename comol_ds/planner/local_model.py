@@ -17,6 +17,7 @@ from comol_ds.parallel.activations import check_activations
 from comol_ds.parallel.assemble import attach_adapter, build_skeleton, give_ranks_their_part
 from comol_ds.parallel.mesh import Mesh
 from comol_ds.parallel.tp_plan import check_placement, place_linears
+from comol_ds.parallel.tp_proof import prove_placement
 from comol_ds.parallel.vocabulary import Vocabulary
 from comol_ds.parallel.zero_partition import count_parameters
 from comol_ds.planner.request import Request
@@ -176,6 +177,8 @@ def build_local_model(request: Request, first_layers: int | None = None) -> Loca
     placement = place_linears(base, config.parallel.tp_plan) if tensor_parallel > 1 else None
     if placement is not None:
         check_placement(base, placement, tensor_parallel, config.adapter)
+        if first_layers is None:
+            prove_placement(base, placement, tensor_parallel, settings.attn_implementation, config.parallel.tp_plan)
     model = attach_adapter(base, config.adapter, config.run.seed)
     trainable, everything = count_parameters(model)
     mesh = PlannedMesh(request.grid)

@@ -1,7 +1,5 @@
 """Refuses packed rows for a model in which records of one row do not stay apart."""
 
-from dataclasses import replace
-
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
@@ -33,15 +31,12 @@ def check_packing(model_config: PreTrainedConfig, config: RunConfig) -> None:
         return
     settings, kind = config.model, model_config.model_type
     rows = config.optimizer.per_device_train_batch_size
-    if settings.attn_implementation == "flash_attention_2":
-        if rows > 1:
-            # transformers.modeling_flash_attention_utils._is_packed_sequence looks at a single row only
-            raise UserError(
-                f"--packing with --attn_implementation flash_attention_2 keeps records apart in batches of one row, not"
-                f" of --per_device_train_batch_size {rows}; use 1 and a longer --max_length, or --attn_implementation"
-                " sdpa"
-            )
-        settings = replace(settings, attn_implementation="sdpa")
+    if settings.attn_implementation == "flash_attention_2" and rows > 1:
+        # transformers.modeling_flash_attention_utils._is_packed_sequence looks at a single row only
+        raise UserError(
+            f"--packing with --attn_implementation flash_attention_2 keeps records apart in batches of one row, not of"
+            f" --per_device_train_batch_size {rows}; use 1 and a longer --max_length, or --attn_implementation sdpa"
+        )
     try:
         model = shrunken_copy(model_config, settings.attn_implementation, config.data.max_length)
         fault = packing_fault(model)

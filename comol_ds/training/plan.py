@@ -20,6 +20,7 @@ from comol_ds.parallel.groups import World
 from comol_ds.parallel.run_layout import resolve_layout
 from comol_ds.parallel.start_adapter import check_start_adapter
 from comol_ds.parallel.tp_plan import check_placement, place_linears
+from comol_ds.parallel.tp_proof import prove_placement
 from comol_ds.parallel.zero_config import check_quantized
 from comol_ds.parallel.zero_partition import count_parameters
 from comol_ds.training.base_checks import check_positions, check_tokenizer
@@ -213,13 +214,15 @@ def check_tensor_parallel(model: PreTrainedModel, config: RunConfig) -> None:
     """Refuse a model that the run's tensor parallelism cannot split; a plan file is read even where nothing is split.
 
     Raises:
-        UserError: see `place_linears` and `check_placement`.
+        UserError: see `place_linears`, `check_placement` and `prove_placement`.
     """
     tensor_parallel = config.parallel.tensor_parallel_size
     if tensor_parallel > 1 or config.parallel.tp_plan is not None:
         placement = place_linears(model, config.parallel.tp_plan)
         if tensor_parallel > 1:
             check_placement(model, placement, tensor_parallel, config.adapter)
+            attention = config.model.attn_implementation
+            prove_placement(model, placement, tensor_parallel, attention, config.parallel.tp_plan)
 
 
 def preview_parameters(model: PreTrainedModel, config: RunConfig) -> tuple[int, int]:

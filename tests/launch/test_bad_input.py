@@ -220,6 +220,18 @@ def test_plan_file_that_would_compute_nonsense(message, inputs, two_ranks):
         )
 
 
+def test_plan_file_that_the_models_code_does_not_follow(message, inputs, two_ranks):
+    OPTConfig(
+        vocab_size=96, hidden_size=32, ffn_dim=48, num_hidden_layers=1, num_attention_heads=4, attention_dropout=0.0
+    ).save_pretrained(inputs.folder / "opt")
+    attention = {f"self_attn.{name}_proj": "colwise" for name in "qkv"} | {"self_attn.out_proj": "rowwise"}
+    path = inputs.write("plan.json", attention | {"fc1": "colwise", "fc2": "rowwise"})
+    found = message("--tp_plan", path, "--tensor_parallel_size", "2", model_name_or_path=inputs.folder / "opt")
+    assert found.startswith(f"--tp_plan {path} does not serve 2 ranks: model.decoder.layers.0.self_attn fails on"), (
+        found
+    )
+
+
 def test_deepspeed_json_that_cannot_be_read(message, inputs):
     path = inputs.folder / "ds.json"
     assert f"--ds_config {path}: No such file or directory; ds_configs/ has working examples" in message(ds_config=path)

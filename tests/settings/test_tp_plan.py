@@ -3,10 +3,7 @@
 import json
 
 import pytest
-import torch
-from torch import nn
 from transformers import (
-    AutoModelForCausalLM,
     DogeConfig,
     Gemma2Config,
     Gemma3Config,
@@ -22,7 +19,6 @@ from comol_ds.config import AdapterSettings
 from comol_ds.errors import UserError
 from comol_ds.parallel.tp_plan import check_placement, place_linears
 from tests.settings.meta_models import SIZES, llama, on_meta
-from tests.settings.sliced_model import logits_of_slices
 from tests.tiny_models import FAMILIES
 
 MODELS = FAMILIES | {"gemma": GemmaConfig(**SIZES), "gemma2": Gemma2Config(**SIZES)}
@@ -49,19 +45,6 @@ def plan_file(tmp_path):
 def test_the_models_own_plan_places_every_linear_but_the_head(family):
     placed = place_linears(on_meta(MODELS[family]), None)
     assert placed == {f"model.layers.{layer}.{name}": kind for layer in range(2) for name, kind in ONE_LAYER.items()}
-
-
-@pytest.mark.parametrize("family", MODELS)
-def test_slices_placed_so_compute_what_the_whole_model_does(family):
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(MODELS[family]).eval()
-    for parameter in model.parameters():
-        nn.init.normal_(parameter, std=0.3)  # biases and norms that matter
-    ids = torch.randint(3, 96, (2, 11))
-    with torch.no_grad():
-        whole = model(input_ids=ids, use_cache=False).logits
-    for part in logits_of_slices(model, place_linears(model, None), 2, ids):
-        torch.testing.assert_close(part, whole, rtol=1e-5, atol=1e-5 * whole.abs().max().item())
 
 
 def test_a_vision_tower_stays_whole():
