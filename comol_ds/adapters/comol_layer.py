@@ -6,7 +6,7 @@ Glossary: N tokens, I in_features, O out_features, R rank, E experts, D dropout,
 R of the equation is `comol_router`, the stack of the C_e is `comol_cores`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -21,6 +21,7 @@ from comol_ds.adapters.table import AdapterParameter, AxisSizes, Table, paramete
 from comol_ds.errors import UserError
 
 ADAPTER = "default"  # PEFT's name for the adapter that get_peft_model attaches
+BASE_ROW = "__base__"  # PEFT's name, in a mixed batch, of a row without any adapter
 KEY_PREFIX = "base_model.model."  # PEFT's, before a module's path in the base
 
 NO_MERGE = (
@@ -60,6 +61,8 @@ class CoMoLLinear(nn.Module, BaseTunerLayer):
         input_dropout: seam for dropout on x, for a row-parallel base.
         shared_down: seam for layers that read one x: (layer, x, adapter's name) -> x times each of `input_weights`.
         tables: adapter name -> its parameter table.
+        mixed_names: during the forward of a mixed batch, the adapter of each row; the seams behind the down-projection
+            then see an adapter's own rows only. None otherwise.
     """
 
     adapter_layer_names: ClassVar[tuple[str, ...]] = parameter_names(comol_table())
@@ -93,6 +96,7 @@ class CoMoLLinear(nn.Module, BaseTunerLayer):
         self.router: dict[str, str] = {}
         self.paper_dropout: dict[str, bool] = {}
         self.tables: dict[str, Table] = {}
+        self.mixed_names: tuple[str, ...] | None = None
         self._disable_adapters = False
         self.merged_adapters = []
 
@@ -162,14 +166,53 @@ class CoMoLLinear(nn.Module, BaseTunerLayer):
             if adapter_name in parameters and parameters[adapter_name].device.type != "meta":
                 parameters[adapter_name] = parameters[adapter_name].to(device or base_device)
 
-    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """x [..., I] -> [..., O] in the base's output dtype; the active adapters' updates add up."""
+    def forward(
+        self, x: torch.Tensor, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any
+    ) -> torch.Tensor:
+        """x [..., I] -> [..., O] in the base's output dtype; the active adapters' updates add up.
+
+        Args:
+            x: the input.
+            args, kwargs: for the base.
+            adapter_names: PEFT's mixed batch: for each row of x [B, ..., I] the one adapter that it goes through, or
+                BASE_ROW, in place of the active ones.
+
+        Raises:
+            ValueError: adapter_names does not have one name per row.
+        """
+        if adapter_names is not None:
+            self._check_mixed_batch(x, adapter_names)
         y = self.base_layer(x, *args, **kwargs)
+        if adapter_names is not None and not self.disable_adapters:
+            return self._mixed_batch_forward(x, y, adapter_names)
         active = [] if self.disable_adapters else [name for name in self.active_adapters if name in self.comol_A]
         y, routed = self.partial_sums(y, [self._down(x, name) for name in active])
         for adapter_name, (h, logits) in zip(active, routed, strict=True):
             y = y + self._up(h, logits, adapter_name).to(y.dtype)
         return y
+
+    def _mixed_batch_forward(self, x: torch.Tensor, y: torch.Tensor, adapter_names: Sequence[str]) -> torch.Tensor:
+        """Each adapter's update on its own rows: x [B, ..., I], y [B, ..., O] of the base, B names -> y + updates."""
+        rows = {
+            name: torch.tensor([row for row, its in enumerate(adapter_names) if its == name], device=x.device)
+            for name in dict.fromkeys(adapter_names)
+            if name in self.comol_A
+        }
+        self.mixed_names = tuple(adapter_names)
+        try:
+            y, routed = self.partial_sums(y, [self._down(x[own], name) for name, own in rows.items()])
+            for (name, own), (h, logits) in zip(rows.items(), routed, strict=True):
+                y = y.index_add(0, own, self._up(h, logits, name).to(y.dtype))
+            return y
+        finally:
+            self.mixed_names = None
+
+    def _check_mixed_batch(self, x: torch.Tensor, adapter_names: Sequence[str]) -> None:
+        if len(x) != len(adapter_names):
+            raise ValueError(
+                "Length of `adapter_names` should be the same as the number of inputs, but got "
+                f"{len(adapter_names)} and {len(x)} respectively."
+            )
 
     def update(self, x: torch.Tensor, adapter_name: str) -> torch.Tensor:
         """The adapter path alone, unsharded: x [..., I] -> s * (h sum_e p_e C_e) B^T, [..., O]."""
@@ -183,7 +226,8 @@ class CoMoLLinear(nn.Module, BaseTunerLayer):
     def _down(self, x: torch.Tensor, adapter_name: str) -> Routed:
         """x [..., I] -> h [..., R], and the logits [..., E] if they are formed from x."""
         drops = self.training and isinstance(self.dropout[adapter_name], nn.Dropout)
-        if self.shared_down is None or drops or torch.compiler.is_compiling():
+        alone = self.shared_down is None or self.mixed_names is not None  # siblings would each bring their own x[rows]
+        if alone or drops or torch.compiler.is_compiling():
             down, *router = self.input_weights(adapter_name)
             x = self._cast_input_dtype(x, down.dtype)
             h = F.linear(self.input_dropout(x, self.dropout[adapter_name]), down)

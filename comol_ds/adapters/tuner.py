@@ -1,5 +1,7 @@
 """CoMoL as a PEFT tuner: finds the target Linears of a model and wraps them."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any, ClassVar
 
 import torch
@@ -10,6 +12,7 @@ from torch import nn
 
 from comol_ds.adapters.comol_layer import NO_MERGE, CoMoLLinear
 from comol_ds.adapters.config import CoMoLConfig
+from comol_ds.adapters.mixed_batch import mixed_batch, rows_per_input
 from comol_ds.errors import UserError
 
 ATTENTION_AND_DOWN = ("q_proj", "k_proj", "v_proj", "o_proj", "down_proj")
@@ -90,6 +93,13 @@ class CoMoLModel(BaseTuner):
             if isinstance(layer, CoMoLLinear):
                 _, dtype = layer._get_base_layer_device_and_dtype(layer.get_base_layer())
                 _cast_adapter(layer, adapter_name, dtype)
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        """PEFT enters this around forward and generate; `adapter_names` there makes a mixed batch."""
+        names = kwargs.get("adapter_names")
+        with nullcontext() if names is None else mixed_batch(self, names, rows_per_input(kwargs)):
+            yield
 
     def _check_merge_allowed(self) -> None:
         raise UserError(NO_MERGE)

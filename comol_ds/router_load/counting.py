@@ -121,15 +121,16 @@ class RouterCounts:
         hooks = [layer.partial_sums.register_forward_hook(self._base_squares(name, layer))]
         hooks.append(layer.core_output.register_forward_hook(self._update_squares(name, layer)))
         if self._replicated:
-            hooks.append(layer.gates.register_forward_hook(self._gates(name)))
+            hooks.append(layer.gates.register_forward_hook(self._gates(name, layer)))
         return hooks
 
-    def _gates(self, name: str) -> Callable:
+    def _gates(self, name: str, layer: CoMoLLinear) -> Callable:
         def count(module: nn.Module, args: tuple, p: torch.Tensor) -> None:
             if self._into is None or args[-1] != self._adapter:
                 return
             with torch.no_grad():
-                p = self._counted_rows(p.detach().flatten(0, -2), name)  # N E
+                weights, counted = self._weights_of(layer)
+                p = self._counted_rows(p.detach().flatten(0, -2), weights, name)  # N E
                 experts = p.shape[1]
                 wins = torch.zeros_like(p).scatter_(1, p.argmax(1, keepdim=True), 1)
                 entropy = torch.special.entr(p).sum(1, keepdim=True) / math.log(max(experts, 2))
@@ -138,9 +139,9 @@ class RouterCounts:
                 share = torch.full((), 1 / experts, dtype=p.dtype, device=p.device)
                 features = torch.cat([p - share, wins, p > 0.5, entropy], dim=1)  # N 3E+1
                 sums = self._into.gates[name]
-                sums[:, :-1] += self._weights.to(features.dtype) @ features
-                sums[:, :experts] += self._counted.unsqueeze(1) * share
-                sums[:, -1] += self._counted
+                sums[:, :-1] += weights.to(features.dtype) @ features
+                sums[:, :experts] += counted.unsqueeze(1) * share
+                sums[:, -1] += counted
 
         return count
 
@@ -148,13 +149,15 @@ class RouterCounts:
         mine = self._replicated or self._holds_slice(layer)
 
         def count(module: nn.Module, args: tuple, output: tuple) -> None:
-            y, routed = output
-            if self._into is None or not (self._detail and mine and routed):
+            y, _ = output
+            if self._into is None or not (self._detail and mine) or not self._passes_through(layer):
                 return
             with torch.no_grad():
+                if layer.mixed_names is not None:
+                    y = y[self._own_rows(layer.mixed_names, y.device)]
                 # no copy of [N, O]: the norm accumulates in the wider type
                 norms = torch.linalg.vector_norm(y.detach(), dim=-1, dtype=_at_least_fp32(y)).flatten()
-                self._into.squares[name][:, 1] += self._total(norms.square(), name)
+                self._into.squares[name][:, 1] += self._total(norms.square(), layer, name)
 
         return count
 
@@ -169,30 +172,43 @@ class RouterCounts:
                 o = o.detach().flatten(0, -2).to(_at_least_fp32(o))
                 up = layer.comol_B[self._adapter].detach().to(o.dtype)
                 squares = ((o @ (up.t() @ up)) * o).sum(1)
-                self._into.squares[name][:, 0] += self._total(squares, name)
+                self._into.squares[name][:, 0] += self._total(squares, layer, name)
                 if self._replicated:
                     cosine = mean_cosine(layer.comol_cores[self._adapter].detach())
                     self._into.cosine[name] += torch.stack([cosine, torch.ones_like(cosine)])
 
         return count
 
-    def _counted_rows(self, rows: torch.Tensor, name: str) -> torch.Tensor:
-        """[N, ...] in at least fp32, zero where nothing is counted: padding may hold anything, even NaN."""
-        self._check(rows, name)
-        ignored = (self._weights[0] == 0).view(-1, *[1] * (rows.dim() - 1))
-        return rows.to(_at_least_fp32(rows)).masked_fill(ignored, 0)
+    def _passes_through(self, layer: CoMoLLinear) -> bool:
+        """Whether a row of this forward of the layer goes through the adapter that is counted."""
+        return not layer.disable_adapters and self._adapter in (layer.mixed_names or layer.active_adapters)
 
-    def _total(self, values: torch.Tensor, name: str) -> torch.Tensor:
-        """values [N] -> [G], their sums over the groups."""
-        values = self._counted_rows(values, name)
-        return self._weights.to(values.dtype) @ values
+    def _own_rows(self, mixed_names: Sequence[str], device: torch.device) -> torch.Tensor:
+        """[B] bool: the rows of a mixed batch that go through the adapter."""
+        return torch.tensor([name == self._adapter for name in mixed_names], device=device)
 
-    def _check(self, rows: torch.Tensor, name: str) -> None:
-        if rows.shape[0] != self._weights.shape[1]:
+    def _weights_of(self, layer: CoMoLLinear) -> tuple[torch.Tensor, torch.Tensor]:
+        """Weights [G, n] of the n tokens that go through the adapter here, and their sum [G]."""
+        if layer.mixed_names is None:
+            return self._weights, self._counted
+        by_row = self._weights.unflatten(1, (len(layer.mixed_names), -1))  # G B T
+        weights = by_row[:, self._own_rows(layer.mixed_names, by_row.device)].flatten(1)
+        return weights, weights.sum(1, dtype=torch.float64)
+
+    def _counted_rows(self, rows: torch.Tensor, weights: torch.Tensor, name: str) -> torch.Tensor:
+        """[n, ...] in at least fp32, zero where nothing is counted: padding may hold anything, even NaN."""
+        if rows.shape[0] != weights.shape[1]:
             raise ValueError(
-                f"{name} was called with {rows.shape[0]} tokens while {self._weights.shape[1]} were to be counted;"
+                f"{name} was called with {rows.shape[0]} tokens while {weights.shape[1]} were to be counted;"
                 " count whole forward passes of a model that runs every adapted layer on all tokens"
             )
+        ignored = (weights[0] == 0).view(-1, *[1] * (rows.dim() - 1))
+        return rows.to(_at_least_fp32(rows)).masked_fill(ignored, 0)
+
+    def _total(self, values: torch.Tensor, layer: CoMoLLinear, name: str) -> torch.Tensor:
+        """values [n] -> [G], their sums over the groups."""
+        weights, _ = self._weights_of(layer)
+        return weights.to(values.dtype) @ self._counted_rows(values, weights, name).to(values.dtype)
 
 
 def mean_cosine(cores: torch.Tensor) -> torch.Tensor:

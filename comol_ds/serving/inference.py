@@ -86,7 +86,8 @@ def generate(
         prompts: texts; padded on the left, and padding is not counted.
         tasks: a label per prompt, to count each task apart.
         max_new_tokens: longest answer, in tokens.
-        generation_options: for model.generate. Without any it is greedy and takes nothing from the base's
+        generation_options: for model.generate; of a mixed batch (adapter_names) the routers of the rows of the
+            adapter "default" are watched. Without any it is greedy and takes nothing from the base's
             generation_config.json but the tokens that end an answer; with do_sample=True the base's other settings hold
             where none is given here.
 
@@ -110,7 +111,8 @@ def generate(
     with track_router_load(model, tasks=sorted(set(tasks or ()))) as load:
         if tasks is not None:
             load.label_rows(tasks)
-        model(input_ids=ids, attention_mask=mask, logits_to_keep=1, use_cache=False)
+        mixed = {name: value for name, value in generation_options.items() if name == "adapter_names"}
+        model(input_ids=ids, attention_mask=mask, logits_to_keep=1, use_cache=False, **mixed)
         statistics = load.read(VALIDATION)
     return tokenizer.batch_decode(written, skip_special_tokens=True), statistics
 
