@@ -1,4 +1,6 @@
-"""The one exception that means "the user can fix this", and how another error becomes a part of its line."""
+"""The one exception that means "the user can fix this", and how an error or a value becomes a part of its line."""
+
+import reprlib
 
 
 class UserError(ValueError):
@@ -8,6 +10,15 @@ class UserError(ValueError):
     """
 
 
-def one_line(error: Exception, limit: int | None = None) -> str:
-    """An error's text without its line breaks, cut after ``limit`` characters."""
+_REPR = reprlib.Repr()
+_REPR.maxstring = _REPR.maxother = 100
+
+
+def shown(value: object) -> str:
+    """A value as Python writes it, cut: a file may hold anything."""
+    return _REPR.repr(value)
+
+
+def one_line(error: object, limit: int | None = None) -> str:
+    """A text, or an error's, without its line breaks, cut after ``limit`` characters."""
     return " ".join(str(error).split())[:limit]

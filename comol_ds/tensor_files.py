@@ -28,6 +28,7 @@ _DTYPES = PLAIN_FLOATS | {
 }  # fmt: skip
 _LONGEST_HEADER = 100_000_000  # bytes; the limit of the format's own reader
 _LONGEST_NAME = 255  # bytes between two slashes; Linux's file systems have no longer ones
+_MOST_DIMENSIONS = 64  # of a tensor in torch
 _WINDOW_BYTES = 128 << 10  # Linux's default limit of what one advice fetches
 
 
@@ -185,8 +186,11 @@ def _parse_entry(name: str, entry: Any, file: Path, data: int, size: int) -> Sto
     """One tensor of a header, whose bytes all lie in the file; ``data`` is where the tensors start."""
     try:
         code, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
-        if type(code) is not str or not all(type(number) is int and number >= 0 for number in (*shape, begin, end)):
-            raise ValueError("no name, or a negative or fractional number")
+        numbers = (*shape, begin, end)
+        if type(code) is not str or not all(type(number) is int and 0 <= number < 1 << 63 for number in numbers):
+            raise ValueError("no name, or a number that is negative, fractional or beyond any file")
+        if len(shape) > _MOST_DIMENSIONS:
+            raise ValueError("more dimensions than a tensor has")
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"tensor {name!r} has no dtype, shape and data_offsets in the header") from error
     if begin > end or data + end > size:

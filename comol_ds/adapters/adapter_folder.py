@@ -22,11 +22,12 @@ from safetensors.torch import load_file, save_file
 from comol_ds.adapters.comol_layer import KEY_PREFIX, comol_table
 from comol_ds.adapters.config import CoMoLConfig
 from comol_ds.adapters.table import infer_sizes, parameter_names
-from comol_ds.errors import UserError, one_line
+from comol_ds.errors import UserError, one_line, shown
 from comol_ds.text_files import read_json
 
 CONFIG_FILE = "adapter_config.json"
 TENSOR_FILE = "adapter_model.safetensors"
+_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 def write_adapter(tensors: dict[str, torch.Tensor], config: CoMoLConfig, folder: str | os.PathLike) -> None:
@@ -100,7 +101,7 @@ def read_config(folder: str | os.PathLike) -> CoMoLConfig:
     try:
         return PeftConfig.from_pretrained(str(folder))
     except (TypeError, ValueError) as error:
-        raise UserError(f"{Path(folder) / CONFIG_FILE}: {one_line(error)}") from error
+        raise UserError(f"{Path(folder) / CONFIG_FILE}: {one_line(error, limit=500)}") from error
 
 
 def read_config_values(folder: str | os.PathLike, peft_type: str) -> dict[str, Any]:
@@ -118,7 +119,7 @@ def read_config_values(folder: str | os.PathLike, peft_type: str) -> dict[str, A
         raise UserError(f"{path} cannot be read: {one_line(error)}") from error
     found = values.get("peft_type") if isinstance(values, dict) else None
     if found != peft_type:
-        raise UserError(f"{path} has peft_type {found!r}, expected {peft_type!r}")
+        raise UserError(f"{path} has peft_type {shown(found)}, expected {peft_type!r}")
     return values
 
 
@@ -184,8 +185,12 @@ def _check_values(key: str, tensor: torch.Tensor) -> None:
         raise UserError(f"{key}: a key starts with {KEY_PREFIX}")
     if tensor.numel() == 0:
         raise UserError(f"{key} is empty, shape {list(tensor.shape)}: it was saved without being gathered")
-    if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-        raise UserError(f"{key} holds values that are not finite")
+    if tensor.dtype in _DTYPES:
+        if not torch.isfinite(tensor).all():
+            raise UserError(f"{key} holds values that are not finite")
+    # a module trained whole may have buffers of integers
+    elif tensor.is_floating_point() or tensor.is_complex() or key.rpartition(".")[2].startswith("comol_"):
+        raise UserError(f"{key} is stored as {tensor.dtype}; use float32, bfloat16, float16 or float64")
 
 
 def _config_json(config: CoMoLConfig) -> str:

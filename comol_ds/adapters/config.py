@@ -1,6 +1,5 @@
 """CoMoLConfig: what a user says about a CoMoL adapter, checked where it is said."""
 
-import math
 import re
 from dataclasses import dataclass, field
 
@@ -9,9 +8,13 @@ from peft.utils import PeftType
 
 from comol_ds.adapters.initializers import CORE_INITIALIZERS
 from comol_ds.adapters.routing import ROUTERS
-from comol_ds.errors import UserError
+from comol_ds.errors import UserError, shown
 
 DROPOUT_SCHEMES = ("input", "paper")
+# What no real adapter comes near: cores of 2^28 numbers take 1 GiB beside every Linear.
+MAX_SIZE = 1 << 16  # of r and of num_experts
+MAX_CORE_NUMBERS = 1 << 28
+MAX_ALPHA = 1e9
 
 
 def register_peft_type(name: str) -> None:
@@ -81,42 +84,82 @@ class CoMoLConfig(PeftConfig):
         self.peft_type = PeftType.COMOL
         check_positive_int("r", self.r)
         check_positive_int("num_experts", self.num_experts)
-        if not _is_number(self.lora_alpha) or not 0 < self.lora_alpha < math.inf:
-            raise UserError(f"lora_alpha is {self.lora_alpha!r}; it must be a number above 0")
+        if self.num_experts * self.r**2 > MAX_CORE_NUMBERS:
+            raise UserError(
+                f"r={self.r} with num_experts={self.num_experts}: cores of {self.num_experts * self.r**2:,} numbers"
+                f" for every Linear; num_experts * r * r must be at most {MAX_CORE_NUMBERS:,}"
+            )
+        if not _is_number(self.lora_alpha) or not 0 < self.lora_alpha <= MAX_ALPHA:
+            raise UserError(
+                f"lora_alpha is {shown(self.lora_alpha)}; it must be a number above 0 and at most {MAX_ALPHA:.0e}"
+            )
         if not _is_number(self.lora_dropout) or not 0 <= self.lora_dropout < 1:
-            raise UserError(f"lora_dropout is {self.lora_dropout!r}; it must lie in [0, 1)")
+            raise UserError(f"lora_dropout is {shown(self.lora_dropout)}; it must lie in [0, 1)")
         check_choice("router", self.router, ROUTERS)
         check_choice("core_init", self.core_init, tuple(CORE_INITIALIZERS))
         check_choice("dropout_scheme", self.dropout_scheme, DROPOUT_SCHEMES)
+        for name in ("init_adapter_weights", "inference_mode"):
+            if not isinstance(getattr(self, name), bool):
+                raise UserError(f"{name} is {shown(getattr(self, name))}; it must be true or false")
+        if not isinstance(self.base_model_name_or_path, str | None):
+            raise UserError(
+                f"base_model_name_or_path is {shown(self.base_model_name_or_path)}; it must be a folder or hub name"
+            )
         self._check_modules()
 
     def _check_modules(self) -> None:
+        for name in ("target_modules", "exclude_modules", "modules_to_save", "layers_pattern"):
+            value = getattr(self, name)
+            accepts_pattern = name != "modules_to_save"
+            if value is None or (accepts_pattern and isinstance(value, str)) or _is_names(value):
+                continue
+            either = "a regular expression or " if accepts_pattern else ""
+            raise UserError(f"{name} is {shown(value)}; it must be {either}a list of names")
         for name in ("target_modules", "exclude_modules"):
             value = getattr(self, name)
             if isinstance(value, str):
-                try:
-                    re.compile(value)
-                except re.error as error:
-                    raise UserError(f"{name} {value!r} is not a regular expression: {error}") from error
+                _check_pattern(name, value)
             elif value is not None:
                 setattr(self, name, set(value))
+        for name in ("modules_to_save", "layers_pattern"):  # PEFT puts their names into a regular expression
+            value = getattr(self, name) or ()
+            for pattern in [value] if isinstance(value, str) else value:
+                _check_pattern(name, pattern)
+        layers = self.layers_to_transform
+        if layers is not None and not all(map(_is_index, layers if isinstance(layers, list | tuple) else [layers])):
+            raise UserError(f"layers_to_transform is {shown(layers)}; it must be a layer's number from 0 on, or a list")
         if self.layers_to_transform is not None and isinstance(self.target_modules, str):
             raise UserError("layers_to_transform works with a list of target_modules, not with a regular expression")
         if self.layers_pattern and self.layers_to_transform is None:
-            raise UserError(f"layers_pattern {self.layers_pattern!r} has no effect without layers_to_transform")
+            raise UserError(f"layers_pattern {shown(self.layers_pattern)} has no effect without layers_to_transform")
 
 
 def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
+def _is_index(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _is_names(value: object) -> bool:
+    return isinstance(value, list | tuple | set | frozenset) and all(isinstance(name, str) for name in value)
+
+
+def _check_pattern(name: str, pattern: str) -> None:
+    try:
+        re.compile(pattern)
+    except (re.error, RecursionError, OverflowError) as error:
+        raise UserError(f"{name} {shown(pattern)} is not a regular expression: {error}") from error
+
+
 def check_positive_int(name: str, value: int) -> None:
-    """Raise UserError unless value is a whole number >= 1."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise UserError(f"{name} is {value!r}; it must be a whole number of at least 1")
+    """Raise UserError unless value is a whole number from 1 to MAX_SIZE."""
+    if not _is_index(value) or not 1 <= value <= MAX_SIZE:
+        raise UserError(f"{name} is {shown(value)}; it must be a whole number of at least 1 and at most {MAX_SIZE}")
 
 
 def check_choice(name: str, value: str, accepted: tuple[str, ...]) -> None:
     """Raise UserError unless value is one of the accepted ones."""
     if value not in accepted:
-        raise UserError(f"{name} is {value!r}; it must be one of {', '.join(accepted)}")
+        raise UserError(f"{name} is {shown(value)}; it must be one of {', '.join(accepted)}")

@@ -6,6 +6,7 @@ expert e, and lora_router.weight [E, R] (core_router) or [E, I]. Their forward m
 from the right, as ours does, so cores are stacked as they are, without a transpose.
 """
 
+import itertools
 import os
 import pickle
 import re
@@ -17,11 +18,12 @@ import torch
 
 from comol_ds.adapters.adapter_folder import CONFIG_FILE, KEY_PREFIX, read_config_values, write_adapter
 from comol_ds.adapters.config import CoMoLConfig, check_positive_int
-from comol_ds.errors import UserError, one_line
+from comol_ds.errors import UserError, one_line, shown
 
 AUTHORS_PEFT_TYPE = "MoCoreLORA"
 AUTHORS_TENSOR_FILE = "adapter_model.bin"
 TENSOR_KEY = re.compile(r"(?P<module>.+)\.(?P<name>lora_A\.weight|lora_B\.weight|lora_router\.weight|lora_Cores\.\d+)")
+_NAMED_CORES = 4  # of those that are missing
 PLAIN_NAMES = {"lora_A.weight": "comol_A", "lora_B.weight": "comol_B", "lora_router.weight": "comol_router"}
 
 
@@ -46,18 +48,18 @@ def import_authors_adapter(
         raise UserError(f"{output_dir} exists; choose another --output_dir or add --overwrite_output_dir")
     values = _read_config(source)
     tensors = convert_tensors(_read_tensors(source), values["num_experts"])
-    config = CoMoLConfig(
-        r=values["lora_rank"],
-        lora_alpha=values["lora_alpha"],
-        lora_dropout=values.get("lora_dropout") or 0.0,
-        num_experts=values["num_experts"],
-        router="core" if values["core_router"] else "input",
-        dropout_scheme="paper",
-        target_modules=_endings(tensors),
-        base_model_name_or_path=values.get("base_model_name_or_path"),
-        task_type="CAUSAL_LM",
-    )
     try:
+        config = CoMoLConfig(
+            r=values["lora_rank"],
+            lora_alpha=values["lora_alpha"],
+            lora_dropout=values.get("lora_dropout") or 0.0,
+            num_experts=values["num_experts"],
+            router="core" if values["core_router"] else "input",
+            dropout_scheme="paper",
+            target_modules=_endings(tensors),
+            base_model_name_or_path=values.get("base_model_name_or_path"),
+            task_type="CAUSAL_LM",
+        )
         write_adapter(tensors, config, output_dir)
     except UserError as error:
         raise UserError(f"{source}: {error}") from error
@@ -74,7 +76,7 @@ def convert_tensors(theirs: dict[str, torch.Tensor], num_experts: int) -> dict[s
     for key, tensor in theirs.items():
         match = TENSOR_KEY.fullmatch(key)
         if match is None or not isinstance(tensor, torch.Tensor):
-            raise UserError(f"{key!r} is not a tensor of a {AUTHORS_PEFT_TYPE} adapter")
+            raise UserError(f"{shown(key)} is not a tensor of a {AUTHORS_PEFT_TYPE} adapter")
         modules[KEY_PREFIX + match["module"].removeprefix(KEY_PREFIX)][match["name"]] = tensor
     ours = {}
     for module, found in modules.items():
@@ -88,13 +90,14 @@ def convert_tensors(theirs: dict[str, torch.Tensor], num_experts: int) -> dict[s
 
 def _stack_cores(module: str, found: dict[str, torch.Tensor], num_experts: int) -> torch.Tensor:
     names = {name for name in found if name.startswith("lora_Cores.")}
-    expected = [f"lora_Cores.{expert}" for expert in range(num_experts)]
-    if names != set(expected):
-        missing = [name for name in expected if name not in names]
+    expected = (f"lora_Cores.{expert}" for expert in range(num_experts))
+    missing = list(itertools.islice((name for name in expected if name not in names), _NAMED_CORES))
+    if missing or len(names) != num_experts:
         raise UserError(
             f"{module} has {len(names)} cores, the configuration says num_experts={num_experts}"
             + (f"; missing: {', '.join(missing)}" if missing else "")
         )
+    expected = [f"lora_Cores.{expert}" for expert in range(num_experts)]
     shapes = {tuple(found[name].shape) for name in expected}
     if len(shapes) > 1:
         raise UserError(f"{module} has cores of different shapes: {sorted(shapes)}")
@@ -114,6 +117,8 @@ def _read_config(source: Path) -> dict[str, Any]:
         raise UserError(f"{path} lacks {', '.join(missing)}")
     for name in ("lora_rank", "num_experts"):
         check_positive_int(f"{name} in {path}", values[name])
+    if not isinstance(values["core_router"], bool):
+        raise UserError(f"core_router in {path} is {shown(values['core_router'])}; it must be true or false")
     return values
 
 
@@ -125,8 +130,18 @@ def _read_tensors(source: Path) -> dict[str, torch.Tensor]:
         tensors = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise UserError(f"{path} holds more than tensors, or is no pickle, and was not loaded") from error
-    except (OSError, RuntimeError, EOFError) as error:
-        raise UserError(f"{path} cannot be read: {one_line(error)}") from error
-    if not isinstance(tensors, dict) or not tensors:
+    except Exception as error:  # damaged bytes are instructions to the unpickler, which fails with whatever they do
+        reason = one_line(error, limit=200) or type(error).__name__
+        raise UserError(f"{path} cannot be read, copy it again: {reason}") from error
+    if not isinstance(tensors, dict) or not tensors or not all(isinstance(name, str) for name in tensors):
         raise UserError(f"{path} holds no tensors")
+    for name, tensor in tensors.items():
+        if isinstance(tensor, torch.Tensor) and not _is_whole(tensor):
+            raise UserError(f"{path}: {shown(name)} is no plain tensor with a number of its own for every entry")
     return tensors
+
+
+def _is_whole(tensor: torch.Tensor) -> bool:
+    """Whether the file holds all numbers: a pickle may spread one of them over a shape of any size."""
+    is_plain = tensor.layout == torch.strided and not tensor.is_quantized and tensor.device.type == "cpu"
+    return is_plain and tensor.untyped_storage().nbytes() >= tensor.nbytes

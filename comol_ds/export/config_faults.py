@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from comol_ds.adapters.adapter_folder import TENSOR_FILE
+from comol_ds.adapters.config import MAX_ALPHA, MAX_SIZE
 from comol_ds.export.servers import Fault
 
 PICKLE_FILE = "adapter_model.bin"
@@ -45,7 +46,7 @@ def config_faults(config: dict[str, Any], path: Path) -> Iterator[Fault]:
 def rank_of(config: dict[str, Any]) -> int | None:
     """r, if it is one."""
     r = config.get("r")
-    return r if type(r) is int and r > 0 else None
+    return r if type(r) is int and 0 < r <= MAX_SIZE else None
 
 
 def pattern_of(config: dict[str, Any], name: str) -> dict[str, Any]:
@@ -76,7 +77,7 @@ def _scaling_faults(config: dict[str, Any], where: str) -> Iterator[Fault]:
     alpha, rank = config.get("lora_alpha"), rank_of(config) or 1
     if alpha is None:
         yield Fault("no lora_alpha", where, "lora_alpha is missing", "write it; lora_alpha = r scales by 1")
-    elif isinstance(alpha, bool) or not isinstance(alpha, int | float) or not math.isfinite(alpha):
+    elif isinstance(alpha, bool) or not isinstance(alpha, int | float) or not abs(alpha) <= MAX_ALPHA:
         yield Fault("lora_alpha is no number", where, f"lora_alpha is {alpha!r}", "write a number; r scales by 1")
     elif alpha == 0:
         yield Fault("lora_alpha is 0", where, "lora_alpha is 0", "write a positive number; r scales by 1")

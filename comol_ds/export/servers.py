@@ -8,6 +8,10 @@ need a GPU and were read only. A kind of fault is absent from a server that it d
 
 from dataclasses import dataclass
 
+from comol_ds.errors import one_line
+
+_LONGEST = 1000  # characters of `Fault.what`, which quotes names and values of the files
+
 SERVERS = ("vllm", "sglang", "tgi", "llamacpp", "peft")
 _NAMES = {"vllm": "vLLM", "sglang": "SGLang", "tgi": "TGI", "llamacpp": "llama.cpp", "peft": "PEFT"}
 
@@ -34,7 +38,8 @@ class Fault:
     def line(self, server: str, others: int = 0) -> str:
         """One line; `others` counts further faults of the kind in the folder."""
         more = f" (and {others} more like it)" if others else ""
-        return f"{self.where}: {self.what}{more}; {_NAMES[server]} {CONSEQUENCES[self.kind][server]}; {self.remedy}"
+        what = one_line(self.what, _LONGEST)
+        return f"{self.where}: {what}{more}; {_NAMES[server]} {CONSEQUENCES[self.kind][server]}; {self.remedy}"
 
 
 def _every(text: str) -> dict[str, str]:

@@ -12,7 +12,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from comol_ds.adapters.adapter_folder import CONFIG_FILE, TENSOR_FILE, read_adapter
 from comol_ds.adapters.config import CoMoLConfig
-from comol_ds.errors import UserError, one_line
+from comol_ds.errors import UserError, one_line, shown
 from comol_ds.tensor_files import TensorFiles
 from comol_ds.text_files import read_yaml
 
@@ -28,6 +28,7 @@ _HUB_FILES = (
     "NOTICE*",
     "USE_POLICY*",
 )
+_COMMITTED = "checkpoints/step_*/COMMITTED"
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,7 @@ def base_folder(base: str) -> Path:
     Raises:
         UserError: it is neither.
     """
-    if Path(base).is_dir():
+    if os.path.isdir(base):  # which answers no to a name that no disk can hold
         return Path(base)
     try:
         return Path(snapshot_download(base, allow_patterns=list(_HUB_FILES)))
@@ -116,8 +117,9 @@ def weights_in(folder: Path) -> TensorFiles:
 def _candidates(path: Path) -> Iterable[Path]:
     yield path
     yield path / "adapter"
-    committed = [marker.parent for marker in path.glob("checkpoints/step_*/COMMITTED")]
-    for checkpoint in sorted(committed, key=lambda folder: int(folder.name.removeprefix("step_")), reverse=True):
+    steps = {marker.parent: marker.parent.name.removeprefix("step_") for marker in path.glob(_COMMITTED)}
+    committed = [checkpoint for checkpoint, step in steps.items() if step.isdecimal()]  # not a copy, as step_2_best
+    for checkpoint in sorted(committed, key=lambda checkpoint: int(steps[checkpoint]), reverse=True):
         yield checkpoint / "adapter"
 
 
@@ -131,7 +133,15 @@ def _settings(folder: Path) -> dict[str, Any] | None:
         path = run / "config.yaml"
         if path.is_file():
             try:
-                return read_yaml(path)
+                return _checked_settings(read_yaml(path))
             except (OSError, ValueError) as error:
-                raise UserError(f"{path} cannot be read: {one_line(error)}") from error
+                raise UserError(f"{path} cannot be read as a run's settings: {one_line(error)}") from error
     return None
+
+
+def _checked_settings(values: Any) -> dict[str, Any]:
+    if not isinstance(values, dict):
+        raise ValueError("it holds no 'flag: value' lines")
+    if not isinstance(values.get("tokenizer_name"), str | None):
+        raise ValueError(f"tokenizer_name is {shown(values['tokenizer_name'])}, no folder or hub name")
+    return values

@@ -177,9 +177,9 @@ def _gate_faults(
     remedy = "export it again with --format vllm-lora"
     if not any(tensor.name.startswith(GUARD_PREFIX) for tensor in tensors):
         yield Fault("gated form unguarded", str(file), f"has no {GUARD_PREFIX} tensor", remedy)
-    core, experts = gated.get("r"), gated.get("num_experts")
-    if type(core) is not int or type(experts) is not int or config.get("r") != core * experts:
-        what = f"r is {config.get('r')}, {GATED_KEY} has r={core} and num_experts={experts}, whose product it must be"
+    core, experts, rank = gated.get("r"), gated.get("num_experts"), config.get("r")
+    if type(core) is not int or type(experts) is not int or min(core, experts) < 1 or rank != core * experts:
+        what = f"r is {rank}, {GATED_KEY} has r={core} and num_experts={experts}, whose product it must be"
         yield Fault("gated rank", str(file.with_name(CONFIG_FILE)), what, remedy)
 
 
@@ -187,7 +187,7 @@ def _base_of(config: dict[str, Any], base: str | os.PathLike | None) -> BaseModu
     if base is not None:
         return read_base_modules(base)
     named = config.get("base_model_name_or_path")
-    if not isinstance(named, str) or not (Path(named) / "config.json").is_file():
+    if not isinstance(named, str) or not os.path.isfile(os.path.join(named, "config.json")):
         return None
     try:
         return read_base_modules(named)

@@ -13,7 +13,6 @@ Glossary: N tokens, S slices of a fused Linear (q, k and v), W the server's max_
 """
 
 import functools
-import json
 import logging
 from collections.abc import Callable
 from contextvars import ContextVar
@@ -22,10 +21,14 @@ from typing import Any, NamedTuple
 
 import torch
 
-from comol_ds.errors import UserError
-from comol_ds.export.vllm_lora import CONFIG_FILE, CONFIG_KEY, FORMAT_VERSION, GUARD
+from comol_ds.adapters.adapter_folder import CONFIG_FILE, TENSOR_FILE
+from comol_ds.errors import UserError, one_line, shown
+from comol_ds.export.vllm_lora import CONFIG_KEY, FORMAT_VERSION, GUARD, MAX_LORA_RANKS
+from comol_ds.tensor_files import read_header
+from comol_ds.text_files import read_json
 
 VLLM_VERSION = "0.32"
+_AGAIN = "export again"
 
 logger = logging.getLogger("vllm.comol_ds")  # under vLLM's logger, so that its handlers print it
 
@@ -161,27 +164,54 @@ def _is_ignored_weight(original: Callable, name: str) -> bool:
 def read_sizes(folder: Path) -> GateSizes | None:
     """R and E of the CoMoL adapter in a LoRA folder; None for any other folder, which vLLM judges itself.
 
+    vLLM compares neither the configuration with the tensors' shapes nor these with each other, and the gate would take
+    columns of the wrong meaning.
+
     Raises:
-        UserError: it is a CoMoL adapter of another version, or its numbers contradict each other.
+        UserError: it is a CoMoL adapter of another version, or its numbers and its tensors' shapes contradict each
+            other; or a file cannot be read.
     """
     path = folder / CONFIG_FILE
     if not path.is_file():
         return None
-    values = json.loads(path.read_text())
-    found = values.get(CONFIG_KEY)
+    try:
+        values = read_json(path)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read: {one_line(error)}; {_AGAIN}") from error
+    found = values.get(CONFIG_KEY) if isinstance(values, dict) else None
     if found is None:
         return None
-    if found.get("version") != FORMAT_VERSION:
+    version = found.get("version") if isinstance(found, dict) else None
+    if version != FORMAT_VERSION:
         raise UserError(
-            f"{path} is of version {found.get('version')!r}, this plugin reads version {FORMAT_VERSION}: install the "
+            f"{path} is of version {shown(version)}, this plugin reads version {FORMAT_VERSION}: install the "
             "comol_ds that wrote it, or export again"
         )
-    sizes = GateSizes(found["r"], found["num_experts"])
-    if values.get("r") != sizes.r * sizes.num_experts:
+    sizes = GateSizes(found.get("r"), found.get("num_experts"))
+    if not all(type(size) is int and 1 <= size <= MAX_LORA_RANKS[-1] for size in sizes):
+        raise UserError(f"{path} has r={shown(sizes.r)} and num_experts={shown(sizes.num_experts)}; {_AGAIN}")
+    rank = sizes.r * sizes.num_experts
+    if values.get("r") != rank or not sizes.r + sizes.num_experts <= rank <= MAX_LORA_RANKS[-1]:
         raise UserError(
-            f"{path} has rank {values.get('r')}, but r={sizes.r} and num_experts={sizes.num_experts}; export again"
+            f"{path} has rank {shown(values.get('r'))}, but r={sizes.r} and num_experts={sizes.num_experts}; {_AGAIN}"
         )
+    _check_shapes(folder / TENSOR_FILE, rank)
     return sizes
+
+
+def _check_shapes(file: Path, rank: int) -> None:
+    """Every module has a lora_A [rank, I] and a lora_B [O, rank], the file a guard and nothing else."""
+    shapes = {tensor.name: tensor.shape for tensor in read_header(file)}
+    if shapes.pop(GUARD, None) is None:
+        raise UserError(f"{file} has no tensor {GUARD}; {_AGAIN}")
+    for name, shape in shapes.items():
+        module, _, part = name.removesuffix(".weight").rpartition(".")
+        axis = {"lora_A": 0, "lora_B": 1}.get(part)
+        if axis is None or len(shape) != 2 or shape[axis] != rank:
+            raise UserError(f"{file}: {shown(name)} has shape {list(shape)}, the adapter's rank is {rank}; {_AGAIN}")
+        other = f"{module}.{'lora_B' if part == 'lora_A' else 'lora_A'}.weight"
+        if other not in shapes:
+            raise UserError(f"{file}: {shown(name)} has no {shown(other)} beside it; {_AGAIN}")
 
 
 def _check_sharding(folder: Path, lora_config: Any) -> None:

@@ -63,6 +63,14 @@ def test_merging_is_refused_with_the_reason_and_the_way(call):
         ({"dropout_scheme": "all"}, "dropout_scheme is 'all'; it must be one of input, paper"),
         ({"target_modules": "(q_proj"}, r"target_modules '\(q_proj' is not a regular expression"),
         ({"layers_pattern": "layers"}, "layers_pattern 'layers' has no effect without layers_to_transform"),
+        (
+            {"r": 1 << 16, "num_experts": 1},
+            "r=65536 with num_experts=1: cores of 4,294,967,296 numbers for every Linear",
+        ),
+        ({"r": 8192, "num_experts": 5}, "num_experts . r . r must be at most 268,435,456"),
+        ({"modules_to_save": "lm_head"}, "modules_to_save is 'lm_head'; it must be a list of names"),
+        ({"layers_to_transform": 1, "layers_pattern": "(("}, r"layers_pattern '\(\(' is not a regular expression"),
+        ({"layers_to_transform": -1}, "layers_to_transform is -1; it must be a layer's number from 0 on, or a list"),
         ({"layers_to_transform": 1, "target_modules": ".*"}, "layers_to_transform works with a list"),
     ],
 )

@@ -51,6 +51,35 @@ def test_a_run_that_has_not_ended_gives_its_newest_committed_checkpoint(run):
     assert source.run["seed"] == 1
 
 
+def test_a_users_copy_beside_the_checkpoints_is_none(run):
+    commit(run, 90)
+    shutil.copytree(run / "checkpoints" / "step_90", run / "checkpoints" / "step_90_best")
+    shutil.copytree(run / "checkpoints" / "step_90", run / "checkpoints" / "step_²")
+    shutil.rmtree(run / "adapter")
+    assert find_adapter(run).folder == run / "checkpoints" / "step_90" / "adapter"
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("- a\n- b\n", "it holds no 'flag: value' lines"),
+        ("", "it holds no 'flag: value' lines"),
+        ("tokenizer_name: [a]\n", "tokenizer_name is ['a'], no folder or hub name"),
+    ],
+)
+def test_settings_that_no_run_wrote_are_refused(run, text, reason):
+    (run / "config.yaml").write_text(text)
+    with pytest.raises(UserError) as error:
+        find_adapter(run)
+    assert str(error.value) == f"{run / 'config.yaml'} cannot be read as a run's settings: {reason}"
+
+
+def test_a_base_that_no_disk_can_name_is_refused_in_one_line(run):
+    with pytest.raises(UserError) as error:
+        base_folder("x" * 5000)
+    assert "\n" not in str(error.value) and "give --model_name_or_path" in str(error.value)
+
+
 def test_a_checkpoint_or_an_adapter_folder_is_taken_itself(run, tmp_path):
     commit(run, 90)
     assert first_number(find_adapter(run / "checkpoints" / "step_90")) == 90

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import LoraConfig
+from safetensors.torch import load_file, save_file
 
 from comol_ds.adapters.adapter_folder import write_adapter
 from comol_ds.adapters.config import CoMoLConfig
@@ -96,6 +97,34 @@ def test_the_portable_form_is_fine_for_every_server_with_and_without_its_base(fo
 def test_a_configuration_that_peft_wrote_is_fine_for_every_server(folder, base):
     LoraConfig(r=RANK, lora_alpha=RANK, target_modules=NAMES, base_model_name_or_path=str(base)).save_pretrained(folder)
     validate_folder(folder)
+
+
+ABSURD = [10**9, -3, 0, 1.5, 1e308, 10**400, float("nan"), True, None, "4", "x" * 100_000, [], [1], ["("], {"a\nb": 1}]
+
+
+@pytest.mark.parametrize("form", ["lora", "gated"])
+def test_no_value_of_the_configuration_crashes_the_validator(form, folder, tmp_path, base):
+    if form == "gated":
+        folder = tmp_path / "vllm"
+        vllm_lora.write_vllm_lora(*comol_adapter(base), base, folder)
+    path = folder / "adapter_config.json"
+    good = json.loads(path.read_text()) | {"base_model_name_or_path": "someone/elsewhere"}  # reading one takes 20 ms
+    for name in {*good, "rank_pattern", "alpha_pattern", "use_rslora", "layers_to_transform", "init_lora_weights"}:
+        for value in ABSURD:
+            path.write_text(json.dumps(good | {"use_rslora": True, name: value}))
+            lines = [line for lines in check_servers(folder).values() for line in lines]
+            assert all("\n" not in line and len(line) < 1500 for line in lines), (name, value)
+    for sizes in ({"r": -4}, {"num_experts": -3}, {"r": -4, "num_experts": -3}, {"r": 0}, {"r": None}, {"r": 1.5}):
+        if form == "gated":
+            path.write_text(json.dumps(good | {"comol": good["comol"] | sizes}))
+            assert "whose product it must be" in check_folder(folder, "vllm")[0]
+
+
+def test_names_of_tensors_stay_on_one_line(folder):
+    file = folder / "adapter_model.safetensors"
+    save_file(load_file(file) | {"a\nb" * 10_000: torch.ones(1)}, file)
+    [line] = check_folder(folder, "vllm")
+    assert "a b" in line and "\n" not in line and len(line) < 1500
 
 
 def test_the_lora_that_the_export_writes_is_fine_for_every_server(tmp_path, base):

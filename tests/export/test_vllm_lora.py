@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from peft import PeftConfig, get_peft_model, get_peft_model_state_dict
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from comol_ds import CoMoLConfig
 from comol_ds.adapters.adapter_folder import read_adapter
@@ -202,6 +202,10 @@ def test_what_vllm_cannot_serve_exactly_is_refused_in_one_line(tmp_path, config,
     assert not list(tmp_path.iterdir())
 
 
+def gate_of(r, num_experts) -> dict:
+    return {"version": 1, "r": r, "num_experts": num_experts}
+
+
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
@@ -210,6 +214,19 @@ def test_what_vllm_cannot_serve_exactly_is_refused_in_one_line(tmp_path, config,
             "{path} is of version 2, this plugin reads version 1: install the comol_ds that wrote it, or export again",
         ),
         ({"r": 16}, "{path} has rank 16, but r=4 and num_experts=3; export again"),
+        ({"comol": gate_of(4, None)}, "{path} has r=4 and num_experts=None; export again"),
+        ({"comol": gate_of({}, 3)}, "{path} has r={{}} and num_experts=3; export again"),
+        ({"comol": gate_of(-4, -3)}, "{path} has r=-4 and num_experts=-3; export again"),
+        ({"comol": gate_of(4.0, 3)}, "{path} has r=4.0 and num_experts=3; export again"),
+        ({"comol": gate_of(4, 10**9), "r": 4 * 10**9}, "{path} has r=4 and num_experts=1000000000; export again"),
+        ({"comol": gate_of(32, 32), "r": 1024}, "{path} has rank 1024, but r=32 and num_experts=32; export again"),
+        ({"comol": gate_of(1, 12)}, "{path} has rank 12, but r=1 and num_experts=12; export again"),
+        ({"r": "12"}, "{path} has rank '12', but r=4 and num_experts=3; export again"),
+        (
+            {"comol": "yes"},
+            "{path} is of version None, this plugin reads version 1: install the comol_ds that wrote it, or export"
+            " again",
+        ),
     ],
 )
 def test_the_plugin_refuses_a_folder_whose_configuration_it_does_not_understand(tmp_path, changed, message):
@@ -219,6 +236,53 @@ def test_the_plugin_refuses_a_folder_whose_configuration_it_does_not_understand(
     with pytest.raises(UserError) as error:
         read_sizes(tmp_path)
     assert str(error.value) == message.format(path=path)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda a, b: {"lora_A": a[:8]}, "{file}: {module}.lora_A.weight' has shape [8, 32], the adapter's rank is 12"),
+        (lambda a, b: {"lora_A": a.T}, "{file}: {module}.lora_A.weight' has shape [32, 12], the adapter's rank is 12"),
+        (
+            lambda a, b: {"lora_B": b[:, :8]},
+            "{file}: {module}.lora_B.weight' has shape [32, 8], the adapter's rank is 12",
+        ),
+        (lambda a, b: {"lora_B": b[:, 0]}, "{file}: {module}.lora_B.weight' has shape [32], the adapter's rank is 12"),
+        (lambda a, b: {"bias": b}, "{file}: {module}.bias.weight' has shape [32, 12], the adapter's rank is 12"),
+        (lambda a, b: {"lora_B": None}, "{file}: {module}.lora_A.weight' has no {module}.lora_B.weight' beside it"),
+        (lambda a, b: {GUARD: None}, "{file} has no tensor " + GUARD),
+    ],
+    ids=["rows of A", "A transposed", "columns of B", "a vector", "another tensor", "no B", "no guard"],
+)
+def test_the_plugin_compares_the_shapes_with_r_and_num_experts(tmp_path, damage, message):
+    """vLLM itself would load each of these without a word."""
+    model, tensors = acting(r=4, num_experts=3, target_modules=["q_proj"])
+    write_vllm_lora(tensors, model.peft_config["default"], "some/base", tmp_path)
+    assert read_sizes(tmp_path) == GateSizes(4, 3)
+    file = tmp_path / "adapter_model.safetensors"
+    written = load_file(file)
+    for name, tensor in damage(*(written[f"{MODULE}.lora_{part}.weight"] for part in "AB")).items():
+        key = name if name == GUARD else f"{MODULE}.{name}.weight"
+        written.pop(key, None)
+        if tensor is not None:
+            written[key] = tensor.clone()
+    save_file(written, file)
+    with pytest.raises(UserError) as error:
+        read_sizes(tmp_path)
+    assert str(error.value) == message.format(file=file, module=f"'{MODULE}") + "; export again"
+
+
+def test_the_plugin_names_files_that_cannot_be_read(tmp_path):
+    model, tensors = acting(r=4, num_experts=3, target_modules=["q_proj"])
+    write_vllm_lora(tensors, model.peft_config["default"], "some/base", tmp_path)
+    file = tmp_path / "adapter_model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1])
+    with pytest.raises(UserError, match=rf"^{file} cannot be read as safetensors"):
+        read_sizes(tmp_path)
+    config = tmp_path / "adapter_config.json"
+    config.write_text("[" * 10_000)
+    with pytest.raises(UserError, match=rf"^{config} cannot be read: it is nested too deeply; export again$"):
+        read_sizes(tmp_path)
 
 
 def test_the_plugin_leaves_plain_loras_and_what_is_no_folder_to_vllm(tmp_path):
