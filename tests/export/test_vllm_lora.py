@@ -265,7 +265,7 @@ def test_the_plugin_compares_the_shapes_with_r_and_num_experts(tmp_path, damage,
         key = name if name == GUARD else f"{MODULE}.{name}.weight"
         written.pop(key, None)
         if tensor is not None:
-            written[key] = tensor.clone()
+            written[key] = tensor.clone(memory_format=torch.contiguous_format)
     save_file(written, file)
     with pytest.raises(UserError) as error:
         read_sizes(tmp_path)

@@ -145,6 +145,7 @@ PEFT = (
     Row(f"{ENUM}.LORA", "_sort_order_", a(int)),
     Row("peft.utils.error", "NoMatchingPeftModuleError", subclass_of(ValueError)),
     Row("peft.config", "PeftConfig", a(type)),
+    Row("peft.utils.other", "AuxiliaryTrainingWrapper", subclass_of(nn.Module)),
     Row("peft.tuners.tuners_utils", "check_target_module_exists", that(probes.matches_endings)),
     Row("peft.utils.other", "get_pattern_key", that(probes.matches_endings)),
     Row("peft.tuners.lora.layer", "Linear", subclass_of(nn.Module)),
