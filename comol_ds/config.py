@@ -133,7 +133,9 @@ class DataSettings:
     )
     dataset_split: str = option("train", "Split to read of a hub data set.")
     eval_dataset: list[str] | None = option(None, "Validation data. None: held out of --dataset.")
-    validation_split_percentage: float = option(5.0, "Percent of the records held out when --eval_dataset is absent.")
+    validation_split_percentage: float = option(
+        5.0, "Percent of the records held out when --eval_dataset is absent; 0: no validation."
+    )
     max_train_records: int | None = option(None, "Use at most this many training records.")
     max_eval_records: int | None = option(1000, "Use at most this many validation records.")
     max_length: int = option(1024, "Longest sequence, in tokens.")
@@ -144,6 +146,11 @@ class DataSettings:
     streaming: bool = option(False, "Read and tokenize on the fly; needs --max_steps.")
     preprocessing_num_workers: int | None = option(None, "Processes that tokenize. None: one.")
     overwrite_cache: bool = option(False, "Tokenize again even if a cached result exists.")
+
+    @property
+    def has_validation(self) -> bool:
+        """Whether there are records to evaluate."""
+        return bool(self.eval_dataset) or self.validation_split_percentage > 0
 
 
 @dataclass
@@ -211,6 +218,11 @@ class RunSettings:
         32, "Records of the evaluation answered by greedy generation, for exact match; 0: none."
     )
     max_new_tokens: int = option(64, "Longest generated answer, in tokens.")
+    answer_pattern: str | None = option(
+        None,
+        "Regular expression: exact match compares what its last match finds (its first group, if it has one) in answer"
+        " and reference, numbers as numbers. None: the whole texts.",
+    )
     save_steps: int = option(500, "Optimizer steps between checkpoints; one is always saved at the end.")
     save_total_limit: int | None = option(None, "Keep at most this many checkpoints. None: all.")
     report_to: list[str] = option(("tensorboard",), "Where to plot: tensorboard, wandb, none.")
@@ -270,6 +282,28 @@ class RunConfig:
         _check_combinations(self)
 
 
+def _check_evaluation(config: RunConfig) -> None:
+    """Refuse an evaluation that is asked for and has no records."""
+    if config.data.has_validation:
+        return
+    defaults = RunSettings()
+    for name in ("eval_steps", "eval_on_start", "answer_pattern"):
+        value = getattr(config.run, name)
+        if value != getattr(defaults, name):
+            raise UserError(
+                f"--{name} {value} with --validation_split_percentage 0: there are no records to evaluate; give"
+                " --eval_dataset, hold some out, or drop it"
+            )
+
+
+def _is_pattern(text: str) -> bool:
+    try:
+        re.compile(text)
+    except (re.error, OverflowError, RecursionError):
+        return False
+    return True
+
+
 _RANGES = [
     *(
         (name, lambda v: v > 0, "must be a positive whole number")
@@ -319,7 +353,7 @@ _RANGES = [
             "max_dropped_fraction",
         )
     ),
-    ("validation_split_percentage", lambda v: 0 < v < 100, "must lie between 0 and 100; give --eval_dataset otherwise"),
+    ("validation_split_percentage", lambda v: 0 <= v < 100, "must lie in [0, 100); 0 holds nothing out"),
     ("max_length", lambda v: v > 1, "must be at least 2: the first token of a record has no loss"),
     ("num_train_epochs", lambda v: v > 0, "must be positive"),
     ("collective_timeout_minutes", lambda v: v > 0, "must be positive"),
@@ -329,6 +363,7 @@ _RANGES = [
         lambda v: re.fullmatch(r"none|full|selective:([2-9]|[1-9]\d+)", v, re.ASCII),
         "must be none, full, or selective:N with a whole number N of at least 2",
     ),
+    ("answer_pattern", _is_pattern, "not a regular expression; quote it for the shell and see Python's re"),
     ("report_to", lambda v: not set(v) - {"tensorboard", "wandb", "none"}, "choose from tensorboard, wandb, none"),
 ]
 
@@ -351,8 +386,14 @@ def _check_combinations(config: RunConfig) -> None:
         raise UserError("--streaming needs --max_steps: a stream has no known length")
     if data.streaming and data.group_by_length:
         raise UserError("--group_by_length needs the lengths of all records; drop it or drop --streaming")
-    if data.streaming and data.eval_dataset is None:
-        raise UserError("--streaming needs --eval_dataset: nothing can be held out of a stream of unknown length")
+    if data.streaming and data.eval_dataset is None and data.has_validation:
+        raise UserError(
+            "--streaming needs --eval_dataset: nothing can be held out of a stream of unknown length; without"
+            " validation give --validation_split_percentage 0"
+        )
+    if run.answer_pattern is not None and run.max_generate_records == 0:
+        raise UserError("--answer_pattern with --max_generate_records 0: no answer is generated; drop one of them")
+    _check_evaluation(config)
     if data.packing and data.group_by_length:
         raise UserError("--packing and --group_by_length exclude each other; packed rows are all equally long")
     if config.adapter.adapter_name_or_path is not None and config.adapter.modules_to_save:

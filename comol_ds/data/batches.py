@@ -156,8 +156,7 @@ def generation_batches(
 ) -> Iterator[dict[str, Any]]:
     """Left-padded prompts with their reference answers, each once over all ranks, equally many batches on every rank.
 
-    Records whose last answer was cut away are left out. Of more than `max_records` the first of every task are taken,
-    in turn, so that small tasks are measured too.
+    Which records are asked, `asked_records` says.
 
     Args:
         dataset: columns of `tokenization.TOKEN_FEATURES`.
@@ -169,13 +168,23 @@ def generation_batches(
     Yields:
         what `collate.prompt_batch` makes.
     """
-    prompts = np.asarray(dataset["prompt_length"][:], dtype=np.int64)
-    lengths = np.asarray(dataset["length"][:], dtype=np.int64)
-    usable = np.flatnonzero((prompts < lengths) & (prompts > 0)).tolist()
-    chosen = _in_turn(usable, dataset["task"][:])[:max_records]
-    chosen.sort(key=lambda record: -prompts[record])
+    chosen = asked_records(dataset, max_records)
     for chunk in _share(chosen, batch_size, dp_rank, dp_world):
         yield prompt_batch(_rows(dataset, chunk), pad_token_id)
+
+
+def asked_records(dataset: Dataset, max_records: int | None) -> list[int]:
+    """Numbers of the records that `generation_batches` asks, those with the longest prompts first.
+
+    Records without an answer, or whose answer was cut away as a whole, are left out. Of more than `max_records` the
+    first of every task are taken, in turn, so that small tasks are measured too.
+    """
+    prompts = np.asarray(dataset["prompt_length"][:], dtype=np.int64)
+    lengths = np.asarray(dataset["length"][:], dtype=np.int64)
+    has_answer = np.array([bool(reference.strip()) for reference in dataset["reference"][:]], dtype=bool)
+    usable = np.flatnonzero((prompts < lengths) & (prompts > 0) & has_answer).tolist()
+    chosen = _in_turn(usable, dataset["task"][:])[:max_records]
+    return sorted(chosen, key=lambda record: -prompts[record])
 
 
 def _in_turn(records: list[int], tasks: Sequence[str]) -> list[int]:

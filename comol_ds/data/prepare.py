@@ -94,7 +94,7 @@ def prepare_data(settings: DataSettings, tokenizer: PreTrainedTokenizerBase, see
 
     Args:
         settings: what to read and how; `dataset` must be given. Folders and hub names among `eval_dataset` are read
-            at their validation split.
+            at their validation split. Without `has_validation` there are no validation records.
         tokenizer: has an end-of-sequence token, and a chat template for data in the messages format.
         seed: decides which records are held out and which subset is taken.
 
@@ -113,13 +113,14 @@ def prepare_data(settings: DataSettings, tokenizer: PreTrainedTokenizerBase, see
         train: datasets.Dataset | datasets.IterableDataset = _stream(sources, encode, settings, seed, report)
     else:
         parts = [_read(group, encode, settings, report) for group in sources]
-        if not evaluation:
+        if settings.has_validation and not evaluation:
             parts, evaluation = _hold_out(parts, settings.validation_split_percentage, seed)
         train = _limit(_mix(parts, settings.dataset_weights, seed), settings.max_train_records, seed, _LIMIT_TRAIN)
         report.train = len(train)
         report.train_tokens, report.trained_tokens = sum(train["length"][:]), sum(train["trained_tokens"][:])
         report.tasks = dict(sorted(Counter(train["task"][:]).items()))
-    validation = _limit(datasets.concatenate_datasets(evaluation), settings.max_eval_records, seed, _LIMIT_VALIDATION)
+    held_out = datasets.concatenate_datasets(evaluation) if evaluation else _no_records()
+    validation = _limit(held_out, settings.max_eval_records, seed, _LIMIT_VALIDATION)
     report.validation = len(validation)
     return PreparedData(train, validation, report, template)
 
@@ -311,6 +312,10 @@ def _limit(data: datasets.Dataset, maximum: int | None, seed: int, purpose: int)
     if maximum is None or maximum >= len(data):
         return data
     return data.select(np.sort(np.random.default_rng((seed, purpose)).permutation(len(data))[:maximum]))
+
+
+def _no_records() -> datasets.Dataset:
+    return datasets.Dataset.from_dict({name: [] for name in TOKEN_FEATURES}, features=TOKEN_FEATURES)
 
 
 def _first(stream: datasets.IterableDataset, maximum: int | None) -> datasets.IterableDataset:

@@ -50,4 +50,7 @@ def defaults_for(config: RunConfig) -> dict[str, Any]:
         return {}
     if config.data.dataset is not None:
         return {"model_name_or_path": MODEL_DIR}
-    return {"model_name_or_path": MODEL_DIR, "dataset": TRAIN_FILE, "eval_dataset": VALIDATION_FILE, **DEFAULTS}
+    defaults = {"model_name_or_path": MODEL_DIR, "dataset": TRAIN_FILE, "eval_dataset": VALIDATION_FILE, **DEFAULTS}
+    if not config.data.has_validation:
+        del defaults["eval_dataset"], defaults["eval_on_start"]
+    return defaults

@@ -12,6 +12,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from comol_ds.adapters.adapter_folder import CONFIG_FILE, TENSOR_FILE, read_adapter
 from comol_ds.adapters.config import CoMoLConfig
+from comol_ds.checkpoint_names import MARKER, by_step
 from comol_ds.errors import UserError, one_line, shown
 from comol_ds.tensor_files import TensorFiles
 from comol_ds.text_files import read_yaml
@@ -28,7 +29,6 @@ _HUB_FILES = (
     "NOTICE*",
     "USE_POLICY*",
 )
-_COMMITTED = "checkpoints/step_*/COMMITTED"
 
 
 @dataclass(frozen=True)
@@ -117,10 +117,9 @@ def weights_in(folder: Path) -> TensorFiles:
 def _candidates(path: Path) -> Iterable[Path]:
     yield path
     yield path / "adapter"
-    steps = {marker.parent: marker.parent.name.removeprefix("step_") for marker in path.glob(_COMMITTED)}
-    committed = [checkpoint for checkpoint, step in steps.items() if step.isdecimal()]  # not a copy, as step_2_best
-    for checkpoint in sorted(committed, key=lambda checkpoint: int(steps[checkpoint]), reverse=True):
-        yield checkpoint / "adapter"
+    for checkpoint in by_step(path / "checkpoints"):
+        if (checkpoint / MARKER).exists():
+            yield checkpoint / "adapter"
 
 
 def _is_adapter(folder: Path) -> bool:

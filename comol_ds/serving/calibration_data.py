@@ -62,12 +62,18 @@ def calibration_and_test(
         batch_size: rows per forward pass.
 
     Raises:
-        UserError: there is no run to take a validation split of, the data cannot be read, or they are one record only.
+        UserError: there is no run to take a validation split of, or it has none, the data cannot be read, or they are
+            one record only.
     """
     run = source.run or {}
     if entries is None and not run:
         raise UserError(f"{source.folder} lies in no run folder and has no validation split; give --calibration DATA")
     settings = DataSettings(**{name: value for name, value in run.items() if name in _SETTINGS})
+    if entries is None and not settings.has_validation:
+        raise UserError(
+            f"the run of {source.folder} held out no validation records (--validation_split_percentage 0); give"
+            " --calibration DATA"
+        )
     settings.max_eval_records = max_records
     if entries is not None:
         settings.eval_dataset, settings.dataset_format = list(entries), "auto"

@@ -22,12 +22,12 @@ from threading import Event
 from typing import Any
 
 from comol_ds.adapters.adapter_folder import sync
+from comol_ds.checkpoint_names import MARKER, by_step
 from comol_ds.errors import UserError, one_line
 from comol_ds.tensor_files import listed_file
 from comol_ds.text_files import read_json
 from comol_ds.training.generation import Generation
 
-MARKER = "COMMITTED"
 STATE = "state.json"  # read before the ranks can divide the checksums among them
 _PARTS = "parts"
 _LEFTOVER = re.compile(r"step_\d+\.(writing|replaced)-\d+")
@@ -183,18 +183,6 @@ def damage_of(checkpoint: Path, share: int = 0, shares: int = 1) -> str | None:
     """
     mine = list(_read_manifest(checkpoint).items())[share::shares]
     return next((found for name, entry in mine if (found := _difference(checkpoint, name, entry))), None)
-
-
-def by_step(checkpoints: Path) -> list[Path]:
-    """All step_<n> folders, newest first."""
-    steps = [path for path in checkpoints.glob("step_*") if path.is_dir() and step_of(path) is not None]
-    return sorted(steps, key=step_of, reverse=True)
-
-
-def step_of(path: Path) -> int | None:
-    """n of a path called step_<n>."""
-    number = path.name.removeprefix("step_")
-    return int(number) if path.name.startswith("step_") and number.isdigit() else None
 
 
 def remove_leftovers(checkpoints: Path) -> list[str]:

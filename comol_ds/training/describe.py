@@ -4,10 +4,14 @@ import json
 from pathlib import Path
 
 import yaml
+from transformers import PreTrainedTokenizerBase
 
 from comol_ds.config import ModelSettings
+from comol_ds.data.batches import asked_records
+from comol_ds.data.prepare import PreparedData
 from comol_ds.data.tokenization import format_example
 from comol_ds.errors import UserError
+from comol_ds.evaluation.answers import ExactMatch, reference_lines
 from comol_ds.layout import RankGrid
 from comol_ds.parallel.assemble import build_skeleton
 from comol_ds.parallel.staging import open_weights
@@ -42,6 +46,7 @@ def describe_run(plan: RunPlan) -> str:
             parameters_line(plan),
             *notes(plan),
             data.report.summary(),
+            *answer_lines(plan, data, tokenizer),
             "# memory and communication",
             planned_table(plan),
             "# first training record, [[ ]] around what the loss counts",
@@ -82,6 +87,18 @@ def parameters_line(plan: RunPlan) -> str:
     )
 
 
+def answer_lines(plan: RunPlan, data: PreparedData, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """What keeps answers from ever equalling their references, where something does.
+
+    Raises:
+        UserError: --answer_pattern finds nothing in any reference.
+    """
+    settings = plan.config.run
+    asked = asked_records(data.validation, settings.max_generate_records)
+    references = data.validation.select(asked)["reference"][:]
+    return reference_lines(references, ExactMatch(settings.answer_pattern), tokenizer, settings.max_new_tokens)
+
+
 def resume_lines(plan: RunPlan, total_steps: int) -> list[str]:
     """Where the run starts, by which route, and the checkpoints that were passed over."""
     if plan.resume is not None:
@@ -104,12 +121,9 @@ def planned_table(plan: RunPlan) -> str:
 
 def result_lines(plan: RunPlan, evaluations: list[Evaluation]) -> list[str]:
     """What was learnt, where everything is, and a next command."""
-    before = evaluations[0] if len(evaluations) > 1 else None
-    changed = " (first evaluation -> last)" if before else ""
     counted = plan.config.router.router_load
     return [
-        f"\nheld-out records{changed}:",
-        comparison_table(before, evaluations[-1]),
+        *_scores(evaluations),
         f"\nadapter:       {plan.folder.adapter}",
         f"metrics:       {plan.folder.metrics}",
         *([f"router load:   {plan.folder.router_load}"] if counted else []),
@@ -117,3 +131,11 @@ def result_lines(plan: RunPlan, evaluations: list[Evaluation]) -> list[str]:
         f"next:          tensorboard --logdir {plan.folder.path / 'tensorboard'}",
         *([f"               python launch/router_report.py {plan.folder.path}"] if counted else []),
     ]
+
+
+def _scores(evaluations: list[Evaluation]) -> list[str]:
+    if not evaluations:
+        return ["\nno validation records, nothing was evaluated"]
+    before = evaluations[0] if len(evaluations) > 1 else None
+    changed = " (first evaluation -> last)" if before else ""
+    return [f"\nheld-out records{changed}:", comparison_table(before, evaluations[-1])]

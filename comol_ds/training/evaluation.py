@@ -8,9 +8,10 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from comol_ds.data.tokenization import IGNORED
+from comol_ds.evaluation.answers import Answer, ExactMatch
 from comol_ds.evaluation.greedy import plain_generation
 from comol_ds.parallel.assemble import Assembled
-from comol_ds.parallel.groups import sum_over_data_parallel
+from comol_ds.parallel.groups import gather_objects, mesh, sum_over_data_parallel
 from comol_ds.router_load.counting import VALIDATION
 from comol_ds.training.loss import positions_with_loss
 from comol_ds.training.router_load import RouterLoad
@@ -50,7 +51,8 @@ def evaluate(
     tokenizer: PreTrainedTokenizerBase,
     max_new_tokens: int,
     device: torch.device,
-) -> Evaluation:
+    exact_match: ExactMatch,
+) -> tuple[Evaluation, list[Answer]]:
     """Score the model. A collective call: every rank passes its share, with equally many batches.
 
     Args:
@@ -60,19 +62,29 @@ def evaluate(
         batches: as `comol_ds.data.collate.padded_batch` makes them.
         prompts: left-padded input_ids, attention_mask [B, T], tasks and references (the expected texts).
         max_new_tokens: longest generated answer, in tokens.
+        exact_match: compares answers with references.
+
+    Returns:
+        The scores, and every rank's answers in the order of tasks and records; alike on every rank.
     """
     assembled.engine.eval()
     index = {task: row for row, task in enumerate(tasks)}
-    sums = torch.zeros(len(tasks), 4, dtype=torch.float64)  # loss, tokens, exact, generated
+    sums = torch.zeros(len(tasks), 2, dtype=torch.float64)  # loss, tokens
+    mine: list[Answer] = []
     with torch.no_grad():
         for batch in batches:
             _add_losses(sums, index, assembled, router_load, batch, device)
         for batch in prompts:
-            _add_matches(sums, index, assembled, batch, tokenizer, max_new_tokens, device)
+            mine += _answers(assembled, batch, tokenizer, max_new_tokens, device, exact_match)
     assembled.engine.train()
     sums = sum_over_data_parallel(sums.to(device)).cpu()
-    scores = {task: _score(*sums[row].tolist()) for task, row in index.items()}
-    return Evaluation({**scores, "all": _score(*sums.sum(0).tolist())})
+    answers = _of_all_ranks(mine)
+    scores = {
+        task: _score(*sums[row].tolist(), [answer.match for answer in answers if answer.task == task])
+        for task, row in index.items()
+    }
+    overall = _score(*sums.sum(0).tolist(), [answer.match for answer in answers])
+    return Evaluation({**scores, "all": overall}), answers
 
 
 def _add_losses(
@@ -92,31 +104,44 @@ def _add_losses(
     rows = positions // batch["labels"].shape[1]
     for row in rows.unique().tolist():
         here = rows == row
-        sums[index[batch["tasks"][row]], :2] += torch.stack([losses[here].sum(), here.sum().double()])
+        sums[index[batch["tasks"][row]]] += torch.stack([losses[here].sum(), here.sum().double()])
 
 
-def _add_matches(
-    sums: torch.Tensor,
-    index: dict[str, int],
+def _answers(
     assembled: Assembled,
     batch: dict,
     tokenizer: PreTrainedTokenizerBase,
     max_new_tokens: int,
     device: torch.device,
-) -> None:
+    exact_match: ExactMatch,
+) -> list[Answer]:
+    """Greedy answers to a batch of prompts; dummy rows have none."""
     prompt, mask = batch["input_ids"].to(device), batch["attention_mask"].to(device)
     model = assembled.engine.module
     with plain_generation(model, tokenizer), assembled.vocabulary.whole_logits():
         output = model.generate(input_ids=prompt, attention_mask=mask, max_new_tokens=max_new_tokens)
-    answers = tokenizer.batch_decode(output[:, prompt.shape[1] :], skip_special_tokens=True)
-    for task, answer, reference in zip(batch["tasks"], answers, batch["references"], strict=True):
-        if reference is not None:
-            sums[index[task], 2:] += torch.tensor([answer.strip() == reference.strip(), 1], dtype=torch.float64)
+    written = tokenizer.batch_decode(output[:, prompt.shape[1] :], skip_special_tokens=True)
+    sent = [tokenizer.decode(ids[real.bool()]) for ids, real in zip(prompt, mask, strict=True)]
+    rows = zip(batch["record_ids"], batch["tasks"], sent, batch["references"], written, strict=True)
+    return [
+        Answer(record, task, asked, reference, answer, exact_match(answer, reference))
+        for record, task, asked, reference, answer in rows
+        if record is not None
+    ]
 
 
-def _score(loss: float, tokens: float, exact: float, generated: float) -> TaskScore:
+def _of_all_ranks(mine: list[Answer]) -> list[Answer]:
+    """The answers of all records; tensor-parallel peers have the same ones. A collective call."""
+    found = gather_objects(mine if mesh().grid.tp_rank == 0 else [], "gather the answers")
+    return sorted((answer for answers in found for answer in answers), key=lambda answer: (answer.task, answer.record))
+
+
+def _score(loss: float, tokens: float, matches: list[bool]) -> TaskScore:
     return TaskScore(
-        loss / tokens if tokens else float("nan"), int(tokens), exact / generated if generated else None, int(generated)
+        loss / tokens if tokens else float("nan"),
+        int(tokens),
+        sum(matches) / len(matches) if matches else None,
+        len(matches),
     )
 
 

@@ -73,7 +73,7 @@ def claim_generation(folder: Path) -> Generation:
 
 def newest_generation(folder: Path) -> int:
     """The highest number claimed; 0 if there is none."""
-    return max((int(path.name) for path in folder.glob("*") if path.name.isdigit()), default=0)
+    return max((int(path.name) for path in folder.glob("*") if path.name.isdecimal()), default=0)
 
 
 def _owner(claim: Path) -> str:

@@ -9,6 +9,7 @@ from comol_ds.adapters.adapter_folder import write_adapter
 from comol_ds.config import RunConfig
 from comol_ds.data.batches import EvalBatches, TrainBatches, generation_batches
 from comol_ds.data.streaming import StreamingBatches
+from comol_ds.evaluation.answers import ExactMatch
 from comol_ds.parallel import groups
 from comol_ds.parallel.consistency import check_same_batch, check_same_replicas
 from comol_ds.parallel.device import device
@@ -170,14 +171,16 @@ def steps_from(
 
 
 def evaluate_now(state: Run, step: int) -> None:
-    """Score the validation records and log the result."""
+    """Score the validation records, if there are any, and log the result."""
     settings, grid, records = state.plan.config, state.plan.grid, state.data.validation
+    if not len(records):
+        return
     size = settings.optimizer.per_device_eval_batch_size
     pad = state.tokenizer.pad_token_id
     prompts = generation_batches(
         records, size, grid.dp_rank, grid.data_parallel, pad, settings.run.max_generate_records
     )
-    evaluation = evaluate(
+    evaluation, answers = evaluate(
         state.assembled,
         state.router_load,
         sorted(set(records["task"])),
@@ -186,10 +189,11 @@ def evaluate_now(state: Run, step: int) -> None:
         state.tokenizer,
         settings.run.max_new_tokens,
         device(),
+        ExactMatch(settings.run.answer_pattern),
     )
     state.checkpoints.check_claim()
     state.evaluations.append(evaluation)
-    state.metrics.log_evaluation(step, evaluation)
+    state.metrics.log_evaluation(step, evaluation, answers)
     state.router_log.write(step, VALIDATION)
 
 

@@ -4,6 +4,7 @@ import time
 from statistics import mean
 from typing import Any
 
+from comol_ds.evaluation.answers import Answer
 from comol_ds.parallel.device import peak_memory_bytes
 from comol_ds.parallel.groups import gather_objects
 from comol_ds.parallel.monitor import MonitorMaster
@@ -61,11 +62,13 @@ class Metrics:
             self._monitor.write_events([(f"train/{name}", line[name], step) for name in plotted])
         return line
 
-    def log_evaluation(self, step: int, evaluation: Evaluation) -> None:
-        """Write one line per evaluation; its time does not count in tokens_per_second."""
+    def log_evaluation(self, step: int, evaluation: Evaluation, answers: list[Answer]) -> None:
+        """Write one line per answer and one per evaluation; its time does not count in tokens_per_second."""
         self._last_log = time.monotonic()
         if not self._writes:
             return
+        for answer in answers:
+            append_json_line(self._folder.answers, {"step": step, **vars(answer)})
         append_json_line(self._folder.evaluations, {"step": step, "tasks": evaluation.as_json()})
         events = [(f"eval/loss/{task}", score.loss, step) for task, score in evaluation.tasks.items()]
         events += [

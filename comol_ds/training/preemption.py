@@ -21,9 +21,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, TextIO
 
+from comol_ds.checkpoint_names import MARKER
 from comol_ds.config import RunSettings
 from comol_ds.parallel.groups import World, barrier, gather_objects, job_end_time
-from comol_ds.training.commit import MARKER
 
 _ENDS_AT_ONCE = (signal.SIGTERM, signal.SIGINT)  # as a second one
 _SIGNALS = (*_ENDS_AT_ONCE, signal.SIGUSR1, signal.SIGHUP)

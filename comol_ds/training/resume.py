@@ -5,10 +5,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
+from comol_ds.checkpoint_names import MARKER, by_step, step_of
 from comol_ds.errors import UserError
 from comol_ds.parallel.groups import World, gather_objects, together
 from comol_ds.text_files import read_json
-from comol_ds.training.commit import MARKER, STATE, by_step, damage_of, fault_of, step_of
+from comol_ds.training.commit import STATE, damage_of, fault_of
 from comol_ds.training.run_folder import RunFolder
 
 

@@ -9,9 +9,9 @@ from typing import Any
 
 import yaml
 
+from comol_ds.checkpoint_names import by_step
 from comol_ds.config import RunConfig
 from comol_ds.errors import UserError
-from comol_ds.training.commit import by_step
 
 
 class RunFolder:
@@ -25,6 +25,7 @@ class RunFolder:
         self.metrics = self.path / "metrics.jsonl"
         self.router_load = self.path / "router_load.jsonl"
         self.evaluations = self.path / "evaluations.jsonl"
+        self.answers = self.path / "generations.jsonl"
 
     def check_writable(self) -> None:
         """Refuse a folder in which nothing can be written, by writing a file that has no name.
@@ -66,8 +67,11 @@ class RunFolder:
         self.path.mkdir(parents=True, exist_ok=True)
         (self.path / "config.yaml").write_text(yaml.safe_dump(config.flat(), sort_keys=False), encoding="utf-8")
         (self.path / "ds_config.json").write_text(json.dumps(ds_config, indent=2) + "\n", encoding="utf-8")
+        kept = from_step if from_step else -1  # a run that starts anew evaluates at step 0 again
         for log in (self.metrics, self.router_load, self.evaluations):
-            _keep_until(log, from_step)
+            _keep_until(log, kept)
+        # answers are written before the evaluation that they belong to, which may have to be done again
+        _keep_until(self.answers, kept if self.was_evaluated(kept) else kept - 1)
 
     def was_evaluated(self, step: int) -> bool:
         """Whether evaluations.jsonl has a line of this step."""
@@ -80,7 +84,7 @@ class RunFolder:
         """Delete what a run writes, and only that: --output_dir may hold other things."""
         for folder in (self.checkpoints, self.adapter, self.path / "tensorboard"):
             shutil.rmtree(folder, ignore_errors=True)
-        for log in (self.metrics, self.router_load, self.evaluations):
+        for log in (self.metrics, self.router_load, self.evaluations, self.answers):
             log.unlink(missing_ok=True)
 
 

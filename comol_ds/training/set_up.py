@@ -13,7 +13,7 @@ from comol_ds.parallel import groups
 from comol_ds.parallel.assemble import Assembled, assemble, total_steps
 from comol_ds.parallel.monitor import open_monitor
 from comol_ds.training.checkpoint import CheckpointWriter, load_checkpoint
-from comol_ds.training.describe import batches_line, notes, parameters_line, resume_lines
+from comol_ds.training.describe import answer_lines, batches_line, notes, parameters_line, resume_lines
 from comol_ds.training.evaluation import Evaluation
 from comol_ds.training.metrics import Metrics
 from comol_ds.training.plan import RunPlan, load_tokenizer
@@ -56,7 +56,7 @@ def set_up(plan: RunPlan, requests: StopRequests) -> Run:
     say(plan, batches_line(plan), parameters_line(plan), *notes(plan))
     tokenizer = load_tokenizer(config.model.tokenizer_path, config.model.trust_remote_code)
     data, batches = groups.first_on_each_node(world, "prepare the data", lambda: train_data(plan, tokenizer))
-    say(plan, data.report.summary())
+    say(plan, data.report.summary(), *answer_lines(plan, data, tokenizer))
     steps = total_steps(config.optimizer, batches.steps_per_epoch)
     assembled = assemble(config, config.model.model_name_or_path, plan.ds_config, steps, config.model.bf16)
     checkpoints = claim_run_folder(plan)

@@ -74,6 +74,14 @@ def test_eval_dataset_replaces_the_split(two_sets, tmp_path):
     assert len(data.validation) == 30 and set(data.validation["task"]) == {"large"}
 
 
+def test_no_validation_holds_nothing_out(two_sets):
+    data = prepare(*two_sets, validation_split_percentage=0)
+    assert (len(data.train), len(data.validation), data.report.validation) == (200, 0, 0)
+    assert data.validation.features == data.train.features
+    streams = prepare(*two_sets, validation_split_percentage=0, streaming=True)
+    assert len(streams.validation) == 0 and len(list(streams.train)) == 200
+
+
 def test_one_record_cannot_be_split(tmp_path):
     message = refused(write_jsonl(tmp_path / "one.jsonl", sums(1)))
     assert "leaves nothing of data set number 1 with 1 usable records; give --eval_dataset or more data" in message

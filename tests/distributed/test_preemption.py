@@ -18,7 +18,8 @@ import pytest
 import torch
 
 from comol_ds.adapters.adapter_folder import read_adapter
-from comol_ds.training.commit import by_step, damage_of, fault_of, step_of
+from comol_ds.checkpoint_names import by_step, step_of
+from comol_ds.training.commit import damage_of, fault_of
 from tests.distributed.launching import REPOSITORY, SHARED_MEMORY, clean_environment, free_port
 from tests.distributed.run_folders import json_lines
 from tests.distributed.test_killed_runs import ranks_below

@@ -31,6 +31,7 @@ SETTINGS = {
     "max_eval_records": 10,
     "max_generate_records": 4,
     "max_new_tokens": 4,
+    "answer_pattern": "#### (-?[0-9.,]+)",
     "lora_dropout": 0.1,
     "learning_rate": 5e-3,
     "lr_scheduler_type": "cosine",
@@ -96,6 +97,17 @@ def test_run_folder_holds_everything(first_run):
     assert all((path / "COMMITTED").exists() for path in (out / "checkpoints").iterdir())
     assert "exact match" in printed and str(out / "adapter") in printed
     assert printed.count("held-out records") == 1, "only rank 0 prints"
+
+
+def test_every_generated_answer_is_written(first_run):
+    _, out, printed = first_run
+    answers = json_lines(out / "generations.jsonl")
+    assert [set(answer) for answer in answers] == [
+        {"step", "record", "task", "prompt", "reference", "answer", "match"}
+    ] * 4
+    assert all(answer["step"] == STEPS and "####" in answer["reference"] and answer["prompt"] for answer in answers)
+    assert len({answer["record"] for answer in answers}) == 4, "each is answered by one of the ranks"
+    assert "exact match: 4 of 4 references are longer than --max_new_tokens 4 and no answer can equal" in printed
 
 
 def test_checkpoints_hold_no_frozen_weight(first_run):

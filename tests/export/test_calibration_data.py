@@ -6,6 +6,7 @@ import shutil
 
 import numpy as np
 import pytest
+import yaml
 
 from comol_ds.errors import UserError
 from comol_ds.export.source import find_adapter
@@ -77,6 +78,21 @@ def test_data_of_one_s_own_and_a_limit(run, tmp_path):
     calibration, test = split(run, [str(data)], max_records=6)
     assert (calibration.as_json()["records"], test.as_json()["records"]) == (3, 3)
     assert calibration.name == str(data)
+
+
+def test_a_run_without_validation_says_what_calibration_needs(run, tmp_path):
+    copy = tmp_path / "run"
+    shutil.copytree(run, copy)
+    values = yaml.safe_load((run / "config.yaml").read_text())
+    changed = values | {"eval_dataset": None, "validation_split_percentage": 0.0}
+    (copy / "config.yaml").write_text(yaml.safe_dump(changed))
+    with pytest.raises(UserError) as error:
+        split(copy)
+    assert str(error.value) == (
+        f"the run of {copy / 'adapter'} held out no validation records (--validation_split_percentage 0); give"
+        " --calibration DATA"
+    )
+    assert split(copy, values["eval_dataset"])[0].as_json()["records"] == 6
 
 
 def test_bad_input(run, tmp_path):

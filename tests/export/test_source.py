@@ -51,12 +51,15 @@ def test_a_run_that_has_not_ended_gives_its_newest_committed_checkpoint(run):
     assert source.run["seed"] == 1
 
 
-def test_a_users_copy_beside_the_checkpoints_is_none(run):
-    commit(run, 90)
-    shutil.copytree(run / "checkpoints" / "step_90", run / "checkpoints" / "step_90_best")
-    shutil.copytree(run / "checkpoints" / "step_90", run / "checkpoints" / "step_²")
+def test_other_folders_beside_the_checkpoints_are_passed_over(run):
+    for step in (2, 10):
+        commit(run, step)
+    for name in ("step_2_best", "step_99.replaced-1", "step_²", "step_", "step_-3", "step_latest"):
+        shutil.copytree(run / "checkpoints" / "step_2", run / "checkpoints" / name)
+    (run / "checkpoints" / "step_300").write_text("a file")
     shutil.rmtree(run / "adapter")
-    assert find_adapter(run).folder == run / "checkpoints" / "step_90" / "adapter"
+    assert find_adapter(run).folder == run / "checkpoints" / "step_10" / "adapter"
+    assert first_number(find_adapter(run / "checkpoints" / "step_2_best")) == 2
 
 
 @pytest.mark.parametrize(

@@ -9,9 +9,9 @@ import pytest
 from deepspeed.accelerator import get_accelerator
 from transformers import AutoModelForCausalLM, GPT2Config, OPTConfig
 
+from comol_ds.checkpoint_names import MARKER
 from comol_ds.config_parser import parse_run_config
 from comol_ds.parallel.groups import World
-from comol_ds.training.commit import MARKER
 from comol_ds.training.plan import plan_run
 from tests.committed_files import commit_files
 from tests.data.data_helpers import sums, tiny_tokenizer, write_jsonl
@@ -50,7 +50,14 @@ FLAGS = [
     (["--dataset_weights", "1", "2"], "--dataset_weights has 2 values for 1 data sets", "one per data set"),
     (["--dataset_weights", "0"], "--dataset_weights [0.0]", "must be positive"),
     (["--streaming", "--max_steps", "-1"], "--streaming needs --max_steps"),
-    (["--streaming"], "--streaming needs --eval_dataset"),
+    (["--streaming"], "--streaming needs --eval_dataset", "give --validation_split_percentage 0"),
+    (["--validation_split_percentage", "100"], "--validation_split_percentage 100.0: must lie in [0, 100)"),
+    (["--validation_split_percentage", "0", "--eval_steps", "5"], "--eval_steps 5 with --validation_split_percentage"),
+    (["--validation_split_percentage", "0", "--eval_on_start"], "--eval_on_start True", "give --eval_dataset"),
+    (["--validation_split_percentage", "0", "--answer_pattern", "x"], "--answer_pattern x", "or drop it"),
+    (["--answer_pattern", "(a"], "--answer_pattern (a: not a regular expression"),
+    (["--answer_pattern", "x", "--max_generate_records", "0"], "--max_generate_records 0: no answer is generated"),
+    (["--answer_pattern", "#### ([0-9]+)"], "finds nothing in any of the 2 validation answers, such as 'There are"),
     (["--packing", "--group_by_length"], "--packing and --group_by_length exclude each other"),
     (["--lr_scheduler_type", "cosin"], "--lr_scheduler_type cosin", "cosine_with_restarts", "try linear or cosine"),
     (["--lr_scheduler_type", "reduce_lr_on_plateau"], "follows a metric", "try linear or cosine"),

@@ -145,3 +145,14 @@ def test_it_refuses_weights_that_do_not_belong_to_the_model(inputs, capfd, monke
     found = refused(inputs, capfd, monkeypatch, inputs.argv("--dry_run", model_name_or_path=model))
     assert "the model's config.json makes it" in found
     assert launcher().main(inputs.argv("--dry_run", "--init_random", model_name_or_path=model)) == 0
+
+
+def test_references_that_no_answer_can_equal_are_counted(dry_run):
+    printed = section(dry_run("--max_new_tokens", "2", "--validation_split_percentage", "20"), "sizes")
+    assert "exact match: 8 of 8 references are longer than --max_new_tokens 2 and no answer can equal them" in printed
+    assert "exact match" not in section(dry_run(), "sizes")
+
+
+def test_without_validation_everything_is_trained(dry_run):
+    printed = section(dry_run("--validation_split_percentage", "0"), "sizes")
+    assert "40 for training" in printed and "0 for validation" in printed

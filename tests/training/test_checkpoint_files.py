@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from comol_ds.checkpoint_names import MARKER
 from comol_ds.errors import UserError
-from comol_ds.training.commit import MARKER, fault_of, remove_leftovers
+from comol_ds.training.commit import fault_of, remove_leftovers
 from comol_ds.training.resume import RunIdentity, find_checkpoint, read_checkpoint
 from tests.committed_files import claimed, commit_files
 

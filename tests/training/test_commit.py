@@ -10,18 +10,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from comol_ds.checkpoint_names import MARKER, step_of
 from comol_ds.training import commit as protocol
 from comol_ds.training.checkpoint import torch_writer
-from comol_ds.training.commit import (
-    MARKER,
-    Committer,
-    Target,
-    damage_of,
-    fault_of,
-    remove_leftovers,
-    step_of,
-    write_part,
-)
+from comol_ds.training.commit import Committer, Target, damage_of, fault_of, remove_leftovers, write_part
 from comol_ds.training.generation import Overtaken
 from comol_ds.training.resume import find_checkpoint
 from tests.committed_files import claimed, commit_files, text_writers

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 from comol_ds.config import AdapterSettings
 from comol_ds.data.batches import EvalBatches, generation_batches
 from comol_ds.data.tokenization import RecordTokenizer
+from comol_ds.evaluation.answers import Answer, ExactMatch
 from comol_ds.parallel.assemble import Assembled, attach_adapter
 from comol_ds.parallel.vocabulary import Vocabulary
 from comol_ds.training.evaluation import Evaluation, TaskScore, comparison_table, evaluate
@@ -72,6 +73,14 @@ def greedy(model: torch.nn.Module, prompt: list[int]) -> str:
     return TOKENIZER.decode(ids[len(prompt) :], skip_special_tokens=True)
 
 
+def greedy_of(model: torch.nn.Module, row: dict) -> str:
+    model.eval()
+    with torch.no_grad():
+        answer = greedy(model, row["input_ids"][: row["prompt_length"]])
+    model.train()
+    return answer
+
+
 @pytest.fixture(scope="module")
 def records(model):
     """Records of two tasks; the answers of every second one are what the model says."""
@@ -84,10 +93,7 @@ def records(model):
         "conversation": [""] * len(rows),
     }
     data = datasets.Dataset.from_dict(RecordTokenizer(TOKENIZER, max_length=64)(texts))
-    model.eval()
-    with torch.no_grad():
-        said = [greedy(model, row["input_ids"][: row["prompt_length"]]) for row in data]
-    model.train()
+    said = [greedy_of(model, row) for row in data]
     assert len(set(said)) > 1
     references = [f"  {answer}\n" if i % 2 else "something else" for i, answer in enumerate(said)]
     return data.remove_columns("reference").add_column("reference", references)
@@ -108,6 +114,12 @@ def literal_losses(model: torch.nn.Module, records: datasets.Dataset) -> dict[st
 
 
 def score(model, records, batch_size: int, prompts: int | None) -> Evaluation:
+    return score_and_answers(model, records, batch_size, prompts)[0]
+
+
+def score_and_answers(
+    model, records, batch_size: int, prompts: int | None, pattern: str | None = None
+) -> tuple[Evaluation, list[Answer]]:
     return evaluate(
         assembled(model),
         RouterLoad(model),
@@ -117,6 +129,7 @@ def score(model, records, batch_size: int, prompts: int | None) -> Evaluation:
         TOKENIZER,
         NEW_TOKENS,
         torch.device("cpu"),
+        ExactMatch(pattern),
     )
 
 
@@ -147,6 +160,27 @@ def test_exact_match_obeys_nothing_of_the_bases_generation_configuration(model, 
         base.generation_config = kept
 
 
+def test_every_answer_is_told_with_its_prompt_and_reference(model, records):
+    _, answers = score_and_answers(model, records, 4, prompts=None)
+    said = {record: greedy_of(model, row) for record, row in zip(records["record_id"], records, strict=True)}
+    assert [(answer.task, answer.record) for answer in answers] == sorted(
+        zip(records["task"], records["record_id"], strict=True)
+    )
+    by_id = {row["record_id"]: row for row in records}
+    for answer in answers:
+        row = by_id[answer.record]
+        assert answer.prompt == TOKENIZER.decode(row["input_ids"][: row["prompt_length"]])
+        assert (answer.reference, answer.answer) == (row["reference"], said[answer.record])
+        assert answer.match == (answer.answer.strip() == answer.reference.strip())
+
+
+def test_a_pattern_chooses_what_is_compared(model, records):
+    found, answers = score_and_answers(model, records, 4, prompts=None, pattern=r"^\s*(\S)")
+    firsts = [(answer.answer.strip()[:1], answer.reference.strip()[:1]) for answer in answers]
+    assert found.overall.exact_match == sum(said == wanted for said, wanted in firsts) / 11
+    assert [answer.match for answer in answers] == [said == wanted for said, wanted in firsts]
+
+
 def test_a_bounded_number_of_answers_comes_from_every_task(model, records):
     found = score(model, records, 4, prompts=3)
     assert {task: score.generated for task, score in found.tasks.items()} == {"short": 2, "other": 1, "all": 3}
@@ -156,7 +190,7 @@ def test_a_bounded_number_of_answers_comes_from_every_task(model, records):
 
 
 def test_a_task_without_tokens_has_no_loss(model, records):
-    found = evaluate(
+    found, _ = evaluate(
         assembled(model),
         RouterLoad(model),
         ["absent", "other"],
@@ -165,6 +199,7 @@ def test_a_task_without_tokens_has_no_loss(model, records):
         TOKENIZER,
         NEW_TOKENS,
         torch.device("cpu"),
+        ExactMatch(),
     )
     assert math.isnan(found.tasks["absent"].loss) and found.tasks["absent"].tokens == 0
     assert found.overall == found.tasks["other"]

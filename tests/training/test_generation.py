@@ -26,6 +26,12 @@ def test_the_claim_before_is_told_who_took_over(tmp_path):
     second.check()
 
 
+def test_other_files_are_no_claims(tmp_path):
+    for name in ("²", "3.bak", "-4", "notes"):
+        (tmp_path / name).write_text("")
+    assert claim_generation(tmp_path).number == 1
+
+
 def test_a_claim_that_was_cut_short_counts(tmp_path):
     first = claim_generation(tmp_path)
     (tmp_path / "2").write_text("")

@@ -12,11 +12,11 @@ from pathlib import Path
 
 import pytest
 
+from comol_ds.checkpoint_names import MARKER
 from comol_ds.config import RunConfig, RunSettings
 from comol_ds.errors import UserError
 from comol_ds.parallel.groups import World, job_end_time
 from comol_ds.training import preemption
-from comol_ds.training.commit import MARKER
 from comol_ds.training.preemption import Clock, StopRequests, StopSignals
 
 

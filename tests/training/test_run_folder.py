@@ -1,6 +1,7 @@
 """The run folder: free or taken, what is written, what a resumed or repeated run keeps."""
 
 import json
+from pathlib import Path
 
 import pytest
 import yaml
@@ -22,14 +23,17 @@ def config(folder: RunFolder, overwrite: bool = False) -> RunConfig:
 
 def write_logs(folder: RunFolder, steps: list[int]) -> None:
     folder.path.mkdir(parents=True, exist_ok=True)
-    for log in (folder.metrics, folder.router_load, folder.evaluations):
+    for log in logs(folder):
         for step in steps:
             append_json_line(log, {"step": step, "value": step / 3})
 
 
+def logs(folder: RunFolder) -> list[Path]:
+    return [folder.metrics, folder.router_load, folder.evaluations, folder.answers]
+
+
 def logged_steps(folder: RunFolder) -> list[list[int]]:
-    logs = (folder.metrics, folder.router_load, folder.evaluations)
-    return [[json.loads(line)["step"] for line in log.read_text().splitlines()] for log in logs]
+    return [[json.loads(line)["step"] for line in log.read_text().splitlines()] for log in logs(folder)]
 
 
 def test_a_new_or_foreign_folder_is_free(folder):
@@ -87,11 +91,11 @@ def test_prepare_writes_the_resolved_settings(folder):
 def test_resuming_drops_the_lines_after_the_checkpoint(folder):
     write_logs(folder, [1, 2, 3, 4, 5])
     folder.prepare(config(folder), {}, from_step=3)
-    assert logged_steps(folder) == [[1, 2, 3]] * 3
+    assert logged_steps(folder) == [[1, 2, 3]] * 4
     append_json_line(folder.metrics, {"step": 4})
     assert logged_steps(folder)[0] == [1, 2, 3, 4]
     folder.prepare(config(folder), {}, from_step=0)
-    assert logged_steps(folder) == [[]] * 3
+    assert logged_steps(folder) == [[]] * 4
 
 
 def test_resuming_drops_a_half_written_last_line(folder):
@@ -102,6 +106,19 @@ def test_resuming_drops_a_half_written_last_line(folder):
     assert logged_steps(folder)[0] == [1, 2]
     append_json_line(folder.metrics, {"step": 3})
     assert logged_steps(folder)[0] == [1, 2, 3]
+
+
+def test_answers_whose_evaluation_was_not_written_are_dropped(folder):
+    write_logs(folder, [1, 2])
+    append_json_line(folder.answers, {"step": 3})
+    folder.prepare(config(folder), {}, from_step=3)
+    assert logged_steps(folder)[-1] == [1, 2], "the evaluation of step 3 is made again, and writes them again"
+
+
+def test_starting_anew_keeps_no_evaluation_of_before_the_first_step(folder):
+    write_logs(folder, [0])
+    folder.prepare(config(folder), {}, from_step=0)
+    assert logged_steps(folder) == [[]] * 4
 
 
 def test_kept_lines_are_the_same_bytes(folder):
