@@ -8,6 +8,7 @@ from typing import Any, NoReturn, get_args, get_origin
 from transformers import HfArgumentParser
 
 from comol_ds.config import GROUPS, RunConfig
+from comol_ds.config_checks import check_config
 from comol_ds.errors import UserError
 from comol_ds.flag_aliases import unknown_name
 from comol_ds.text_files import read_yaml_words
@@ -40,7 +41,7 @@ def parse_run_config(argv: list[str], defaults: dict[str, Any] | None = None) ->
         weaker |= _read_yaml(command_line.config, known - {"config"})
     parser.set_defaults(**{name: _parsed(parser, name, value) for name, value in weaker.items()})
     config = RunConfig(*parser.parse_args_into_dataclasses(argv, look_for_args_file=False))
-    config.check()
+    check_config(config)
     return config
 
 

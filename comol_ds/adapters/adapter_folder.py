@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 
 from comol_ds.adapters.comol_layer import KEY_PREFIX, comol_table
 from comol_ds.adapters.config import CoMoLConfig
+from comol_ds.adapters.expressions import check_matching_ends
 from comol_ds.adapters.table import infer_sizes, parameter_names
 from comol_ds.errors import UserError, one_line, shown
 from comol_ds.text_files import read_json
@@ -148,6 +149,7 @@ def verify_tensors(tensors: dict[str, torch.Tensor], config: CoMoLConfig) -> Non
             )
     if not modules:
         raise UserError("the adapter has no comol_ tensors")
+    check_matching_ends(config, modules)
     for module, found in modules.items():
         try:
             sizes = infer_sizes(table, {name: tuple(tensor.shape) for name, tensor in found.items()})

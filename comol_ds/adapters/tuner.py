@@ -12,6 +12,7 @@ from torch import nn
 
 from comol_ds.adapters.comol_layer import NO_MERGE, CoMoLLinear
 from comol_ds.adapters.config import CoMoLConfig
+from comol_ds.adapters.expressions import check_matching_ends
 from comol_ds.adapters.mixed_batch import mixed_batch, rows_per_input
 from comol_ds.errors import UserError
 
@@ -34,8 +35,10 @@ class CoMoLModel(BaseTuner):
         """Wrap the target Linears of `model`.
 
         Raises:
-            UserError: no module matches (the endings of the Linears that exist are listed), or a match is no Linear.
+            UserError: no module matches (the endings of the Linears that exist are listed), a match is no Linear, or
+                matching an expression takes too long.
         """
+        check_matching_ends(self.peft_config[adapter_name], (name for name, _ in model.named_modules()))
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
         except NoMatchingPeftModuleError as error:

@@ -15,6 +15,8 @@ from peft.utils.other import get_pattern_key
 from safetensors import safe_open
 
 from comol_ds.adapters.adapter_folder import KEY_PREFIX
+from comol_ds.adapters.expressions import check_matching_ends
+from comol_ds.errors import UserError
 from comol_ds.export.base_modules import BaseModules
 from comol_ds.export.config_faults import pattern_of, rank_of
 from comol_ds.export.servers import Fault
@@ -81,6 +83,11 @@ def tensor_faults(lora: LoraTensors, config: dict[str, Any], base: BaseModules |
     where = str(lora.file)
     if not lora.pairs and not lora.others:
         yield Fault("no tensors", where, "holds no tensors", "export the adapter again")
+    try:
+        check_matching_ends(SimpleNamespace(**config), lora.pairs)
+    except UserError as error:
+        yield Fault("config unreadable", where, f"has a configuration whose {error}", "name the modules themselves")
+        return
     yield from _name_faults(lora, base, where)
     yield from _target_faults(lora, config, where)
     for module, pair in lora.pairs.items():

@@ -14,6 +14,7 @@ import pytest
 
 from comol_ds.checkpoint_names import MARKER
 from comol_ds.config import RunConfig, RunSettings
+from comol_ds.config_checks import check_config
 from comol_ds.errors import UserError
 from comol_ds.parallel.groups import World, job_end_time
 from comol_ds.training import preemption
@@ -204,7 +205,7 @@ def test_the_margin_grows_by_the_longest_save(moments, tmp_path):
 )
 def test_limits_that_no_run_can_keep_are_refused(name, value, message):
     with pytest.raises(UserError) as caught:
-        RunConfig(run=RunSettings(**{name: value})).check()
+        check_config(RunConfig(run=RunSettings(**{name: value})))
     assert str(caught.value) == message
 
 

@@ -1,0 +1,75 @@
+"""The regular expressions of an adapter's configuration, which may come from a folder that somebody else wrote.
+
+PEFT matches them against the name of every module. An expression such as ``(a+)+b`` takes years for one name, and
+Python's matcher has no time limit; so each is tried in a process that has one.
+"""
+
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from comol_ds.errors import UserError, shown
+
+_SECONDS = 10  # a thousandth of it is enough for the names of a model of any size
+_PLAIN = re.compile(r"[\w.]*")  # nothing in it repeats
+
+# field -> the function of re and the expression that PEFT makes of it (tuners_utils.check_target_module_exists and
+# utils.get_pattern_key, as of 0.21)
+_MATCHED = {
+    "target_modules": ("fullmatch", "{}"),
+    "exclude_modules": ("fullmatch", "{}"),
+    "layers_pattern": ("match", r"(?:^|.*?\.){}\.(?P<idx>\d+)\."),
+    "modules_to_save": ("match", r"(^|.*\.){}($|\..*)"),
+    "rank_pattern": ("match", r"(.*\.)?({})$"),
+    "alpha_pattern": ("match", r"(.*\.)?({})$"),
+}
+_NAMES_IF_LISTED = ("target_modules", "exclude_modules")
+
+_TRIAL = """
+import json, re, sys
+function, expression, names = json.load(sys.stdin)
+for name in names:
+    getattr(re, function)(expression, name)
+"""
+
+
+def check_matching_ends(settings: Any, names: Iterable[str]) -> None:
+    """Refuse an expression that takes longer than some seconds to match against names of modules.
+
+    Args:
+        settings: has some of PEFT's fields that hold expressions, such as target_modules.
+        names: of all modules.
+
+    Raises:
+        UserError: naming the field and the expression.
+    """
+    names = list(names)
+    for field, expression in _expressions(settings):
+        if _PLAIN.fullmatch(expression):
+            continue
+        given = json.dumps([_MATCHED[field][0], _completed(field, expression), names])
+        command = [sys.executable, "-I", "-S", "-c", _TRIAL]
+        try:  # an expression that cannot be compiled ends it with an error, which is not this function's matter
+            subprocess.run(command, input=given.encode(), timeout=_SECONDS, stderr=subprocess.DEVNULL)
+        except subprocess.TimeoutExpired as error:
+            raise UserError(
+                f"{field} {shown(expression)} takes more than {_SECONDS} s to match against the model's module names;"
+                " write a simpler expression, without repetitions inside repetitions"
+            ) from error
+
+
+def _completed(field: str, expression: str) -> str:
+    return _MATCHED[field][1].replace("{}", expression)
+
+
+def _expressions(settings: Any) -> Iterator[tuple[str, str]]:
+    for field in _MATCHED:
+        value = getattr(settings, field, None)
+        if isinstance(value, str):
+            if value != "all-linear":
+                yield field, value
+        elif field not in _NAMES_IF_LISTED and isinstance(value, list | tuple | set | dict):
+            yield from ((field, item) for item in value if isinstance(item, str))
