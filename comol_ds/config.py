@@ -122,6 +122,10 @@ class DataSettings:
     dataset_format: Literal[
         "auto", "messages", "sharegpt", "prompt_completion", "alpaca", "question_answer", "text"
     ] = option("auto", "How a record is written; auto looks at the columns.")
+    columns: str | None = option(
+        None,
+        "Other names of columns, such as prompt=question,completion=answer; NAME= leaves the column NAME out.",
+    )
     prompt_template: str | None = option(
         None,
         "How prompts are written: chat (the tokenizer's chat template), alpaca, none (the columns as they are), or a"

@@ -29,9 +29,7 @@ _MEANINGFUL = (
     *("image", "images", "video", "videos", "audio", "audios"),
 )
 # Every name that --columns can give to a column.
-ROLES = tuple(
-    dict.fromkeys([*(name for needed in FORMATS.values() for name in needed), "output", *_MEANINGFUL, "task"])
-)
+ROLES = tuple(dict.fromkeys([*(name for needed in FORMATS.values() for name in needed), *_MEANINGFUL, "task"]))
 
 
 @dataclass(frozen=True)
@@ -50,6 +48,38 @@ class TextRecord:
 def describe_formats() -> str:
     """The accepted formats with their columns, for messages."""
     return ", ".join(f"{name} ({', '.join(columns)})" for name, columns in FORMATS.items())
+
+
+def parse_columns(text: str | None) -> tuple[tuple[str, str], ...]:
+    """(name here, name in the data) of "prompt=question,completion=answer"; a name without a column leaves it out.
+
+    Raises:
+        UserError: another form, or a name that no format has.
+    """
+    pairs = [pair.partition("=") for pair in (text or "").split(",") if pair.strip()]
+    for role, sign, _ in pairs:
+        if not sign or role.strip() not in ROLES:
+            raise UserError(
+                f"--columns {text}: expected NAME=COLUMN,NAME=COLUMN where NAME is one of {', '.join(ROLES)}"
+            )
+    return tuple((role.strip(), column.strip()) for role, _, column in pairs)
+
+
+def rename_columns(row: dict[str, Any], renamed: Iterable[tuple[str, str]], where: str | None = None) -> dict[str, Any]:
+    """A row by the names of `parse_columns`.
+
+    Args:
+        where: the data set, whose first row this is: each of the columns must be there.
+
+    Raises:
+        UserError: a column is not there.
+    """
+    pairs = dict(renamed)
+    missing = [column for column in pairs.values() if column and column not in row]
+    if missing and where is not None:
+        raise UserError(f"{where}: --columns names the column {missing[0]!r} (found: {', '.join(row)}); correct it")
+    others = {name: value for name, value in row.items() if name not in pairs and name not in pairs.values()}
+    return {name: row.get(column) for name, column in pairs.items() if column} | others
 
 
 def detect_format(columns: Iterable[str], wanted: str, where: str) -> str:

@@ -18,6 +18,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from comol_ds.config import DataSettings
+from comol_ds.data.formats import parse_columns, used_columns
 from comol_ds.data.sources import Source, find_sources
 from comol_ds.data.templates import PromptTemplate, resolve_template
 from comol_ds.data.token_cache import stamp_of, token_stream, tokenized, user_errors
@@ -34,7 +35,8 @@ class DataReport:
     """What was read, cut and dropped; counts of records unless said otherwise.
 
     `probed` says that only the first records of a stream were counted. `stamps`: flag and name of every data set ->
-    what another content would change, see `token_cache.Tokenized`.
+    what another content would change, see `token_cache.Tokenized`. `unused`: columns that no record
+    is made of.
     """
 
     max_length: int
@@ -50,6 +52,7 @@ class DataReport:
     trained_tokens: int | None = None
     tasks: dict[str, int] = field(default_factory=dict)
     stamps: dict[str, str] = field(default_factory=dict)
+    unused: tuple[str, ...] = ()
 
     def summary(self) -> str:
         """One line for the log."""
@@ -57,6 +60,7 @@ class DataReport:
         counts = (
             f"{start}, {self.truncated} cut at max_length {self.max_length}, {self.dropped} dropped without any label"
             + self._lost()
+            + f"; columns not used: {', '.join(self.unused)}" * bool(self.unused)
         )
         if self.train is None or self.train_tokens is None or self.trained_tokens is None:
             return f"{counts}; {self.validation} for validation"
@@ -102,12 +106,18 @@ def prepare_data(settings: DataSettings, tokenizer: PreTrainedTokenizerBase, see
         UserError: the data cannot be used; the message names the file, the row or the setting.
     """
     assert settings.dataset, "the launcher fills in the embedded data set"
-    sources = find_sources(settings.dataset, settings.dataset_split, settings.dataset_format, settings.streaming)
+    sources = find_sources(
+        settings.dataset,
+        settings.dataset_split,
+        settings.dataset_format,
+        settings.streaming,
+        parse_columns(settings.columns),
+    )
     held_out = _eval_sources(settings)
     template = _template([*sources, *held_out], settings, tokenizer)
     encode = _encoder(settings, tokenizer, template)
     sources = _written_by(template, sources)
-    report = DataReport(settings.max_length, probed=settings.streaming)
+    report = DataReport(settings.max_length, probed=settings.streaming, unused=_unused(sources))
     evaluation = _evaluation(_written_by(template, held_out), settings, encode, report.stamps)
     if settings.streaming:
         train: datasets.Dataset | datasets.IterableDataset = _stream(sources, encode, settings, seed, report)
@@ -140,8 +150,20 @@ def validation_records(settings: DataSettings, tokenizer: PreTrainedTokenizerBas
     return _limit(records, settings.max_eval_records, seed, _LIMIT_VALIDATION)
 
 
+def _unused(sources: list[tuple[Source, ...]]) -> tuple[str, ...]:
+    """Columns of the data sets that reach no record."""
+    columns = {
+        column
+        for group in sources
+        for source in group
+        for column in set(source.columns) - used_columns(source.data_format, source.is_conversation)
+    }
+    return tuple(sorted(columns))
+
+
 def _eval_sources(settings: DataSettings) -> list[tuple[Source, ...]]:
-    return find_sources(settings.eval_dataset or [], "validation", settings.dataset_format)
+    renamed = parse_columns(settings.columns)
+    return find_sources(settings.eval_dataset or [], "validation", settings.dataset_format, renamed=renamed)
 
 
 def _template(

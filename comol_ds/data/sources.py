@@ -1,28 +1,17 @@
-"""Where records come from: files, folders and hub names, checked early and read row by row.
+"""Where records come from: files, folders and hub names, checked early and read row by row."""
 
-JSON is read here, line by line, and not by datasets' own loader: a broken line is reported with its number, a column
-keeps the type it has in the file (Arrow's JSON reader turns a column of "2024-05-01" into timestamps), and rows may
-have different keys.
-"""
-
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import datasets
-import pyarrow
-from pyarrow import parquet
 
-from comol_ds.data.formats import detect_format, to_text
+from comol_ds.data.formats import detect_format, rename_columns, to_text
+from comol_ds.data.rows import SUFFIXES, file_rows, is_saved, without_nulls
 from comol_ds.errors import UserError, one_line
-from comol_ds.text_files import parse_json
+from comol_ds.text_files import read_json
 
-SUFFIXES = (".json", ".jsonl", ".parquet")
-# In bytes of a line. 10 million tokens, the longest context that a model of today has, are about 40 MB of text.
-_LONGEST_RECORD = 64 * 2**20
-_TOO_LONG = "it is longer than 64 MiB, which no model reads at once; split it into records"
 # How file names spell the splits; a folder is read by these words.
 SPLIT_WORDS = {
     "train": ("train", "training"),
@@ -36,10 +25,11 @@ TEXT_FEATURES = datasets.Features(
 
 @dataclass(frozen=True)
 class Source:
-    """One file, or one split of a hub data set.
+    """One file, one folder of `Dataset.save_to_disk`, or one split of a hub data set.
 
     `name` labels its records ("<name>:<row number>"), `task` is their task when a row names none, `stamp` changes when
-    the content does, and `is_conversation` says that a chat template writes the rows.
+    the content does, `columns` are those of the first row by their names here, `renamed` gives columns other names, as
+    (name here, name there), and `is_conversation` says that a chat template writes the rows.
     """
 
     path: str
@@ -48,6 +38,8 @@ class Source:
     task: str
     data_format: str
     stamp: str
+    columns: tuple[str, ...] = ()
+    renamed: tuple[tuple[str, str], ...] = ()
     is_conversation: bool = False
 
     @property
@@ -55,16 +47,24 @@ class Source:
         return self.split != ""
 
 
-def find_sources(entries: list[str], split: str, data_format: str, streaming: bool = False) -> list[tuple[Source, ...]]:
+def find_sources(
+    entries: list[str],
+    split: str,
+    data_format: str,
+    streaming: bool = False,
+    renamed: tuple[tuple[str, str], ...] = (),
+) -> list[tuple[Source, ...]]:
     """Resolve every data set to its files and check the first row of each.
 
     Row numbers start at 1; in a .jsonl file they are line numbers.
 
     Args:
-        entries: paths of .json, .jsonl or .parquet files, folders of them, or hub names ("name" or "name:config").
+        entries: paths of .json, .jsonl or .parquet files, folders of them or of save_to_disk, or hub names ("name" or
+            "name:config").
         split: split to read of a folder or a hub data set; files given by name are read whole.
         data_format: "auto" or a key of `formats.FORMATS`.
         streaming: open hub data sets without downloading them.
+        renamed: (name here, name there) of columns, as `formats.parse_columns` gives them.
 
     Returns:
         one tuple of sources per entry.
@@ -77,9 +77,9 @@ def find_sources(entries: list[str], split: str, data_format: str, streaming: bo
     found = []
     for entry, files in zip(entries, paths, strict=True):
         if files:
-            found.append(tuple(_file_source(path, data_format, stems.count(path.stem) > 1) for path in files))
+            found.append(tuple(_file_source(path, data_format, stems.count(path.stem) > 1, renamed) for path in files))
         else:
-            found.append((_hub_source(entry, split, data_format, streaming),))
+            found.append((_hub_source(entry, split, data_format, streaming, renamed),))
     return found
 
 
@@ -90,9 +90,10 @@ def read_texts(sources: tuple[Source, ...], streaming: bool = False) -> Iterator
         UserError: a broken line or a wrong type, with file and row number.
     """
     for source in sources:
-        rows = _hub_rows(source, streaming) if source.is_hub else _file_rows(Path(source.path))
-        for number, row in rows:
+        rows = _hub_rows(source, streaming) if source.is_hub else file_rows(Path(source.path))
+        for number, given in rows:
             where = f"{source.path} row {number}"
+            row = rename_columns(given, source.renamed)
             text = to_text(row, source.data_format, where, source.is_conversation)
             task = row.get("task")
             if task is not None and not isinstance(task, str):
@@ -117,12 +118,23 @@ def _is_local(entry: str) -> bool:
 
 
 def _files(path: Path, split: str) -> list[Path]:
-    """The data files of a path: itself, or those of a folder that belong to `split`."""
+    """The data files of a path: itself, or those of a folder that belong to `split`. Hidden ones are no data: editors
+    and file managers leave them (.ipynb_checkpoints, ._x.jsonl, __MACOSX)."""
     if path.is_file():
         if path.suffix not in SUFFIXES:
             raise UserError(f"data set '{path}': unknown kind of file; accepted: {', '.join(SUFFIXES)}")
         return [path]
-    files = sorted(file for file in path.rglob("*") if file.suffix in SUFFIXES and file.is_file())
+    if is_saved(path):
+        return [path]
+    if (path / "dataset_dict.json").is_file():
+        return [_saved_split(path, split)]
+    files = sorted(
+        file
+        for file in path.rglob("*")
+        if file.suffix in SUFFIXES
+        and not any(part.startswith((".", "__")) for part in file.relative_to(path).parts)
+        and file.is_file()
+    )
     if not files:
         raise UserError(f"data set '{path}': the folder holds no {', '.join(SUFFIXES)} file; give another folder")
     splits = {file: _split_of(file, path) for file in files}
@@ -136,6 +148,23 @@ def _files(path: Path, split: str) -> list[Path]:
     return chosen
 
 
+def _saved_split(path: Path, split: str) -> Path:
+    """The folder of a split below one that `DatasetDict.save_to_disk` has written."""
+    try:
+        names = [name for name in read_json(path / "dataset_dict.json")["splits"] if is_saved(path / name)]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"data set '{path}': its dataset_dict.json is not what save_to_disk writes; write it again"
+        ) from error
+    words = next((words for name, words in SPLIT_WORDS.items() if split == name or split in words), (split,))
+    chosen = [name for name in names if name == split] or [name for name in names if name.lower() in words]
+    if not chosen:
+        raise UserError(
+            f"data set '{path}': no split {split!r} (found: {', '.join(names) or 'none'}); name the split's folder"
+        )
+    return path / chosen[0]
+
+
 def _split_of(file: Path, folder: Path) -> str:
     """The split a file name or a folder name inside the data set speaks of, or ""."""
     for part in (*file.relative_to(folder).parts[:-1], file.stem):
@@ -146,39 +175,48 @@ def _split_of(file: Path, folder: Path) -> str:
     return ""
 
 
-def _file_source(path: Path, data_format: str, ambiguous: bool) -> Source:
+def _file_source(path: Path, data_format: str, ambiguous: bool, renamed: tuple[tuple[str, str], ...]) -> Source:
     if path.stat().st_size == 0:
         raise UserError(f"data file '{path}' is empty; give a file with records")
-    first = next(_file_rows(path), None)
+    first = next(file_rows(path), None)
     if first is None:
         raise UserError(f"data file '{path}' holds no records; give a file with records")
+    row = rename_columns(first[1], renamed, f"data file '{path}'")
     # train.jsonl of two data sets would share one label: the folder's name tells them apart.
     folder = path.resolve().parent.name
     is_split = any(path.stem.lower() in words for words in SPLIT_WORDS.values())
-    stat = path.stat()
+    parts = sorted(path.iterdir()) if path.is_dir() else [path]
+    stats = [(part.name, part.stat().st_size, part.stat().st_mtime_ns) for part in parts]
     return Source(
         path=str(path),
         split="",
         name=f"{folder}/{path.stem}" if is_split or ambiguous else path.stem,
         task=folder if is_split else path.stem,
-        data_format=detect_format(first[1], data_format, f"data file '{path}'"),
-        stamp=f"{path.resolve()} {stat.st_size} {stat.st_mtime_ns}",
+        data_format=detect_format(row, data_format, f"data file '{path}'"),
+        stamp=f"{path.resolve()} {stats}",
+        columns=tuple(row),
+        renamed=renamed,
     )
 
 
-def _hub_source(entry: str, split: str, data_format: str, streaming: bool) -> Source:
+def _hub_source(
+    entry: str, split: str, data_format: str, streaming: bool, renamed: tuple[tuple[str, str], ...]
+) -> Source:
     data = _load_hub(entry, split, streaming)
     first = next(iter(data), None)
     if first is None:
         raise UserError(f"data set {entry!r}: split {split!r} is empty; choose another with --dataset_split")
+    row = rename_columns(first, renamed, f"data set {entry!r}")
     name = entry.split(":")[0].split("/")[-1]
     return Source(
         path=entry,
         split=split,
         name=name,
         task=name,
-        data_format=detect_format(first, data_format, f"data set {entry!r}"),
+        data_format=detect_format(row, data_format, f"data set {entry!r}"),
         stamp=entry if streaming else data._fingerprint,
+        columns=tuple(row),
+        renamed=renamed,
     )
 
 
@@ -195,93 +233,4 @@ def _load_hub(entry: str, split: str, streaming: bool) -> datasets.Dataset | dat
 
 
 def _hub_rows(source: Source, streaming: bool) -> Iterator[tuple[int, dict[str, Any]]]:
-    yield from enumerate(_load_hub(source.path, source.split, streaming), start=1)
-
-
-def _file_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    rows = {".parquet": _parquet_rows, ".json": _json_rows}.get(path.suffix, _json_line_rows)(path)
-    try:
-        for number, row in rows:
-            if not isinstance(row, dict):
-                raise UserError(f"{path} row {number}: {type(row).__name__}, expected a JSON object per record")
-            if any(isinstance(value, str) and len(value) > _LONGEST_RECORD for value in row.values()):
-                raise UserError(f"{path} row {number}: {_TOO_LONG}")
-            yield number, row
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror or error}); check the file") from error
-
-
-def _json_rows(path: Path) -> Iterator[tuple[int, Any]]:
-    """A .json file is one list of records, or one record per line."""
-    with path.open("rb") as file:
-        start = file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()[:1]
-    yield from _json_list_rows(path) if start == b"[" else _json_line_rows(path)
-
-
-def _json_line_rows(path: Path) -> Iterator[tuple[int, Any]]:
-    with path.open("rb") as file:
-        for number, line in enumerate(iter(lambda: file.readline(_LONGEST_RECORD + 1), b""), start=1):
-            where = f"{path} line {number}"
-            if len(line) > _LONGEST_RECORD:
-                raise UserError(f"{where}: {_TOO_LONG}")
-            if not line.strip():
-                continue
-            try:
-                row = parse_json(line)
-            except ValueError as error:
-                reason = error.msg if isinstance(error, json.JSONDecodeError) else str(error)
-                reason = "not UTF-8 text" if isinstance(error, UnicodeDecodeError) else reason
-                start = line[:60].decode("utf-8", "replace").strip()
-                raise UserError(
-                    f"{where}: broken JSON ({reason}) in {start!r}; "
-                    "write one JSON object per line, or a list of objects in a .json file"
-                ) from error
-            if _may_hold_surrogates(line):
-                _check_text(row, where)
-            yield number, row
-
-
-def _json_list_rows(path: Path) -> Iterator[tuple[int, Any]]:
-    content = path.read_bytes()
-    try:
-        rows = parse_json(content)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path} line {error.lineno}: broken JSON ({error.msg}); repair the file") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 text (byte {error.start}); convert the file to UTF-8") from error
-    except ValueError as error:
-        raise UserError(f"{path}: broken JSON ({error}); repair the file") from error
-    suspicious = _may_hold_surrogates(content)
-    for number, row in enumerate(rows, start=1):
-        if suspicious:
-            _check_text(row, f"{path} row {number}")
-        yield number, row
-
-
-def _may_hold_surrogates(content: bytes) -> bool:
-    """Whether JSON holds an escape in which half of a character beyond U+FFFF could be written."""
-    return b"\\ud" in content or b"\\uD" in content
-
-
-def _check_text(row: Any, where: str) -> None:
-    """Refuse half of a surrogate pair anywhere in a row: it is no character, and no tokenizer takes it."""
-    try:
-        json.dumps(row, ensure_ascii=False).encode("utf-8")
-    except UnicodeEncodeError as error:
-        half = f"\\u{ord(error.object[error.start]):04x}"
-        raise UserError(
-            f"{where}: {half} is half of a surrogate pair, which is no character; repair what wrote the file, or"
-            " remove it"
-        ) from error
-
-
-def _parquet_rows(path: Path) -> Iterator[tuple[int, Any]]:
-    try:
-        file = parquet.ParquetFile(path)
-    except pyarrow.ArrowInvalid as error:
-        raise UserError(f"{path}: not a readable Parquet file; write it again") from error
-    number = 0
-    for batch in file.iter_batches(batch_size=1000):
-        for row in batch.to_pylist():
-            number += 1
-            yield number, row
+    yield from enumerate(without_nulls(_load_hub(source.path, source.split, streaming)), start=1)

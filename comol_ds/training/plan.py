@@ -130,6 +130,7 @@ _DECIDE_DATA_ORDER = (
     "dataset",
     "dataset_weights",
     "dataset_format",
+    "columns",
     "prompt_template",
     "dataset_split",
     "eval_dataset",

@@ -5,7 +5,6 @@ import json
 import datasets
 import pytest
 
-from comol_ds.data import sources
 from comol_ds.data.sources import find_sources, read_texts
 from comol_ds.errors import UserError
 from tests.data.data_helpers import real_data, sums, write_jsonl
@@ -157,7 +156,7 @@ def test_a_whole_surrogate_pair_is_a_character(tmp_path):
 
 @pytest.mark.parametrize("name", ["x.jsonl", "x.json", "x.parquet"])
 def test_a_record_longer_than_any_context(tmp_path, monkeypatch, name):
-    monkeypatch.setattr(sources, "_LONGEST_RECORD", 100)
+    monkeypatch.setattr("comol_ds.data.rows._LONGEST_RECORD", 100)
     rows = [*sums(1), {"prompt": "a" * 101, "completion": "b"}]
     write = {"x.jsonl": write_jsonl, "x.json": lambda path, rows: path.write_text(json.dumps(rows))}
     write.get(name, lambda path, rows: datasets.Dataset.from_list(rows).to_parquet(path))(tmp_path / name, rows)
