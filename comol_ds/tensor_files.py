@@ -6,7 +6,8 @@ data_offsets, and the tensors, row by row (https://huggingface.co/docs/safetenso
 
 import math
 import os
-from collections.abc import Callable
+import stat
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path, PurePosixPath
@@ -14,6 +15,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
 from comol_ds.errors import UserError, one_line
@@ -199,6 +201,21 @@ def _parse_entry(name: str, entry: Any, file: Path, data: int, size: int) -> Sto
     if tensor.dtype is not None and math.prod(shape) * tensor.dtype.itemsize != end - begin:
         raise ValueError(f"tensor {name!r} of shape {list(shape)} and dtype {code} has {end - begin} bytes")
     return tensor
+
+
+def save_tensors(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
+    """Write a new safetensors file with the permissions that the umask, or the folder's access list, gives.
+
+    safetensors 0.8 renames a temporary file, which its owner alone may read, over the name.
+
+    Raises:
+        FileExistsError: there is a file of this name.
+        OSError, SafetensorError: the disk is full or fails.
+    """
+    path.touch(exist_ok=False)
+    given = stat.S_IMODE(path.stat().st_mode)
+    save_file(dict(tensors), path, metadata={"format": "pt"})
+    path.chmod(given)
 
 
 def prefetch(file: int, start: int, stop: int) -> None:

@@ -7,7 +7,6 @@ module, whole and without an adapter's name, and the tensors of modules_to_save 
 
 import json
 import os
-import shutil
 from collections import defaultdict
 from dataclasses import replace
 from pathlib import Path
@@ -17,13 +16,15 @@ import torch
 from peft.config import PeftConfig
 from peft.tuners.tuners_utils import check_target_module_exists
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from comol_ds.adapters.comol_layer import KEY_PREFIX, comol_table
 from comol_ds.adapters.config import CoMoLConfig
 from comol_ds.adapters.expressions import check_matching_ends
 from comol_ds.adapters.table import infer_sizes, parameter_names
 from comol_ds.errors import UserError, one_line, shown
+from comol_ds.files import hidden_beside, remove_or_warn, sync, write_new
+from comol_ds.tensor_files import save_tensors
 from comol_ds.text_files import read_json
 
 CONFIG_FILE = "adapter_config.json"
@@ -47,16 +48,15 @@ def write_adapter(tensors: dict[str, torch.Tensor], config: CoMoLConfig, folder:
     """
     verify_tensors(tensors, config)
     folder = Path(folder).resolve()
-    staging = folder.parent / f".{folder.name}.writing"
-    if staging.exists():  # left by a run that was killed
-        shutil.rmtree(staging)
+    staging = hidden_beside(folder, "writing")
     staging.mkdir(parents=True)
     try:
-        _write_synced(staging / CONFIG_FILE, _config_json(config))
+        write_new(staging / CONFIG_FILE, _config_json(config))
         # Tensors that share memory (tied modules_to_save) may not share it in the file, hence clone.
         whole = {key: tensor.detach().cpu().clone().contiguous() for key, tensor in tensors.items()}
-        save_file(whole, staging / TENSOR_FILE, metadata={"format": "pt"})
-        sync(staging / TENSOR_FILE)
+        save_tensors(whole, staging / TENSOR_FILE)
+        for name in (CONFIG_FILE, TENSOR_FILE):
+            sync(staging / name)
         _check_same(read_adapter(staging)[1], whole)
         if folder.exists():
             for name in (TENSOR_FILE, CONFIG_FILE):
@@ -67,7 +67,7 @@ def write_adapter(tensors: dict[str, torch.Tensor], config: CoMoLConfig, folder:
             os.replace(staging, folder)
         sync(folder.parent)
     finally:
-        shutil.rmtree(staging, ignore_errors=True)
+        remove_or_warn(staging)
 
 
 def read_adapter(folder: str | os.PathLike) -> tuple[CoMoLConfig, dict[str, torch.Tensor]]:
@@ -205,17 +205,3 @@ def _check_same(read: dict[str, torch.Tensor], written: dict[str, torch.Tensor])
     differing = [key for key in written if key not in read or not torch.equal(read[key], written[key])]
     if differing or len(read) != len(written):
         raise OSError(f"{TENSOR_FILE} reads back differently from what was written, first at {differing[:1]}")
-
-
-def _write_synced(path: Path, text: str) -> None:
-    path.write_text(text)
-    sync(path)
-
-
-def sync(path: Path) -> None:
-    """Flush a file or a folder's entries to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -11,9 +11,9 @@ from pathlib import Path
 
 from safetensors.torch import load_file
 
-from comol_ds.adapters.adapter_folder import sync
 from comol_ds.export.dense_merge import merge_into_base
 from comol_ds.export.static_lora import StaticLora
+from comol_ds.files import sync
 
 
 def copy_files(base: Path, output: Path) -> None:

@@ -19,6 +19,7 @@ import torch
 from comol_ds.adapters.adapter_folder import CONFIG_FILE, KEY_PREFIX, read_config_values, write_adapter
 from comol_ds.adapters.config import CoMoLConfig, check_positive_int
 from comol_ds.errors import UserError, one_line, shown
+from comol_ds.export.staged_folder import staged_folder
 
 AUTHORS_PEFT_TYPE = "MoCoreLORA"
 AUTHORS_TENSOR_FILE = "adapter_model.bin"
@@ -39,31 +40,32 @@ def import_authors_adapter(
 
     Raises:
         UserError: a file is missing or unreadable, the adapter is of another type, tensors are missing or disagree with
-            the configuration, or output_dir exists and `overwrite` is not given.
+            the configuration, or output_dir exists and is no earlier export, or `overwrite` is not given.
     """
-    source, output_dir = Path(source), Path(output_dir)
-    if output_dir.is_file():
-        raise UserError(f"{output_dir} is a file; --output_dir names a folder")
-    if output_dir.exists() and not overwrite:
-        raise UserError(f"{output_dir} exists; choose another --output_dir or add --overwrite_output_dir")
-    values = _read_config(source)
-    tensors = convert_tensors(_read_tensors(source), values["num_experts"])
-    try:
-        config = CoMoLConfig(
-            r=values["lora_rank"],
-            lora_alpha=values["lora_alpha"],
-            lora_dropout=values.get("lora_dropout") or 0.0,
-            num_experts=values["num_experts"],
-            router="core" if values["core_router"] else "input",
-            dropout_scheme="paper",
-            target_modules=_endings(tensors),
-            base_model_name_or_path=values.get("base_model_name_or_path"),
-            task_type="CAUSAL_LM",
-        )
-        write_adapter(tensors, config, output_dir)
-    except UserError as error:
-        raise UserError(f"{source}: {error}") from error
+    source = Path(source)
+    with staged_folder(Path(output_dir), overwrite, sources=[source]) as folder:
+        values = _read_config(source)
+        tensors = convert_tensors(_read_tensors(source), values["num_experts"])
+        try:
+            config = _config(values, tensors)
+            write_adapter(tensors, config, folder)
+        except UserError as error:
+            raise UserError(f"{source}: {error}") from error
     return config
+
+
+def _config(values: dict[str, Any], tensors: dict[str, torch.Tensor]) -> CoMoLConfig:
+    return CoMoLConfig(
+        r=values["lora_rank"],
+        lora_alpha=values["lora_alpha"],
+        lora_dropout=values.get("lora_dropout") or 0.0,
+        num_experts=values["num_experts"],
+        router="core" if values["core_router"] else "input",
+        dropout_scheme="paper",
+        target_modules=_endings(tensors),
+        base_model_name_or_path=values.get("base_model_name_or_path"),
+        task_type="CAUSAL_LM",
+    )
 
 
 def convert_tensors(theirs: dict[str, torch.Tensor], num_experts: int) -> dict[str, torch.Tensor]:

@@ -5,7 +5,6 @@ updated. The result is as approximate as the static update: CoMoL's own depends 
 """
 
 import os
-import shutil
 import statistics
 from collections import defaultdict
 from collections.abc import Mapping
@@ -16,12 +15,12 @@ import torch
 from tqdm import tqdm
 from transformers.utils import CHAT_TEMPLATE_DIR
 
-from comol_ds.adapters.adapter_folder import sync
 from comol_ds.errors import UserError
 from comol_ds.export.merge_plan import MergePlan, plan_merge
 from comol_ds.export.merged_file import Replacement, RoundingLoss, Update, write_merged_file
 from comol_ds.export.staged_folder import staged_folder
 from comol_ds.export.static_lora import StaticLora
+from comol_ds.files import copy_new, sync
 
 # ||delta|| / ||W|| below which a bfloat16 base is warned of (0.17 of delta is lost there) and refused (0.5). Float16
 # has an eighth of its spacing, so an eighth of these; float32 loses next to nothing of any update.
@@ -101,11 +100,13 @@ def merge_into_base(
         for file in others:
             copy = staging / file.relative_to(base)
             copy.parent.mkdir(exist_ok=True)
-            shutil.copyfile(file, copy)
+            copy_new(file, copy)
             sync(copy)
         with tqdm(desc="merging", total=size, unit="B", unit_scale=True, unit_divisor=1024, disable=None) as bar:
             for file in plan.files.by_file:
-                merged = write_merged_file(file, staging / file.name, _changes(plan, file, static), bar.update)
+                target = staging / file.relative_to(base)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                merged = write_merged_file(file, target, _changes(plan, file, static), bar.update)
                 if not allow_rounding_loss:
                     _refuse_loss(merged)
                 losses |= merged
@@ -130,6 +131,8 @@ def _other_files(base: Path, plan: MergePlan) -> tuple[list[Path], list[str]]:
     for path in sorted(base.iterdir()):
         if path.name.startswith(".") or path in plan.files.by_file:
             continue
+        if any(path in file.parents for file in plan.files.by_file):
+            continue  # a folder of shards
         if path.is_dir() and path.name == CHAT_TEMPLATE_DIR:
             copied += [file for file in sorted(path.iterdir()) if file.is_file()]
         elif path.is_file() and (path == plan.files.path or not path.name.endswith(_OTHER_WEIGHTS)):

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from comol_ds.export.logit_scores import EXACT, Score
+from comol_ds.files import replace_file
 
 FIDELITY_FILE = "fidelity.json"
 BASE, WRITTEN = "base", "written"  # rows of the report beside "exact" and the names of the cores
@@ -54,10 +55,8 @@ class Fidelity:
 
     def write(self, folder: str | os.PathLike) -> None:
         """Write fidelity.json into a folder, whole or not at all."""
-        path = Path(folder) / FIDELITY_FILE
-        staging = path.with_name(f".{FIDELITY_FILE}.writing")
-        staging.write_text(json.dumps(self.as_json(), indent=2, allow_nan=False) + "\n")
-        os.replace(staging, path)
+        text = json.dumps(self.as_json(), indent=2, allow_nan=False) + "\n"
+        replace_file(Path(folder) / FIDELITY_FILE, [text])
 
     def table(self) -> str:
         """The scores, and the modules that the written core fits worst, as plain text."""

@@ -12,10 +12,10 @@ registers that with transformers' checkpoint conversions (register_checkpoint_co
 which from_pretrained and vLLM's Transformers backend both apply, so a 70B base needs no second copy on the disk.
 """
 
+import itertools
 import json
 import os
 import re
-import shutil
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -23,18 +23,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
-from comol_ds.adapters.adapter_folder import split_tensors, sync
+from comol_ds.adapters.adapter_folder import split_tensors
 from comol_ds.adapters.config import CoMoLConfig
 from comol_ds.errors import UserError, one_line
 from comol_ds.export.hf_exact_check import check_checkpoint
 from comol_ds.export.source import weights_in
 from comol_ds.export.staged_folder import staged_folder
-from comol_ds.tensor_files import PLAIN_FLOATS, TensorFiles, read_header
+from comol_ds.files import copy_new, sync, write_new
+from comol_ds.tensor_files import PLAIN_FLOATS, TensorFiles, read_header, save_tensors
 from comol_ds.text_files import read_json
 
 # Decoders whose Linears all lie in `model.layers`, and that vLLM's Transformers backend serves.
@@ -125,13 +125,14 @@ def write_hf_exact(
     _refuse_tied(base, settings, adapter)
     needed = sum(tensor.nbytes for tensor in adapter.tensors.values()) + _bytes_elsewhere(files, output)
     with staged_folder(output, overwrite, needed, sources=(base, tokenizer)) as folder:
-        linked, copied = _place_weights(files, folder)
-        save_file(adapter.tensors, folder / ADAPTER_FILE, metadata={"format": "pt"})
+        others = _other_files(base, tokenizer, files)
+        linked, copied = _place_weights(files, folder, others)
+        save_tensors(adapter.tensors, folder / ADAPTER_FILE)
         _write_index(folder)
-        _copy(base, folder, _BASE_FILES)
-        _copy(tokenizer, folder, _TOKENIZER_FILES)
+        for name, path in others.items():
+            copy_new(path, folder / name)  # no link: these are files that people edit
         _write_json(folder / "config.json", settings | _adapter_settings(settings, config, adapter))
-        (folder / CODE_FILE).write_text(modelling_code(settings["model_type"]), encoding="utf-8")
+        write_new(folder / CODE_FILE, modelling_code(settings["model_type"]))
         check_checkpoint(folder, CODE_FILE, base)
         adapter_bytes = (folder / ADAPTER_FILE).stat().st_size
         for path in folder.iterdir():
@@ -236,19 +237,30 @@ def _bytes_elsewhere(files: TensorFiles, output: Path) -> int:
     return sum(state.st_size for state in states if state.st_dev != existing.stat().st_dev)
 
 
-def _place_weights(files: TensorFiles, folder: Path) -> tuple[int, int]:
+def _place_weights(files: TensorFiles, folder: Path, taken: Iterable[str]) -> tuple[int, int]:
     """Link or copy the base's weight files; returns the bytes that were linked, and copied."""
     linked = copied = 0
-    for source in files.by_file:
-        target = folder / (SINGLE_FILE_AS if source == files.path else source.name)
-        size = source.stat().st_size
+    for source, name in _names_in_one_folder(files, taken).items():
+        target, size = folder / name, source.stat().st_size
         try:
             os.link(source.resolve(), target)  # resolved: the hub's cache is made of symbolic links
             linked += size
         except OSError:  # another file system, or one without hard links
-            shutil.copyfile(source, target)
+            copy_new(source, target)  # of what is there the bytes may be the base's own
             copied += size
     return linked, copied
+
+
+def _names_in_one_folder(files: TensorFiles, others: Iterable[str]) -> dict[Path, str]:
+    """A name for every weight file: vLLM reads one folder, shards may lie in several, under one name."""
+    names: dict[Path, str] = {}
+    taken = {SAFE_WEIGHTS_NAME, ADAPTER_FILE, *others}
+    for source in files.by_file:
+        wanted = SINGLE_FILE_AS if source == files.path else source.name
+        numbered = (f"{number}_{wanted}" for number in itertools.count(2))
+        names[source] = next(name for name in itertools.chain([wanted], numbered) if name not in taken)
+        taken.add(names[source])
+    return names
 
 
 def _write_index(folder: Path) -> None:
@@ -261,11 +273,12 @@ def _write_index(folder: Path) -> None:
     _write_json(folder / SAFE_WEIGHTS_INDEX_NAME, {"metadata": {"total_size": total}, "weight_map": weight_map})
 
 
-def _copy(source: Path, folder: Path, patterns: Iterable[str]) -> None:
-    """Copies, not links: these are files that people edit."""
-    for path in {path for pattern in patterns for path in source.glob(pattern) if path.is_file()}:
-        shutil.copyfile(path, folder / path.name)
+def _other_files(base: Path, tokenizer: Path, files: TensorFiles) -> dict[str, Path]:
+    """Name -> file of what is copied beside the weights; the tokenizer's folder is right about its own files."""
+    wanted = ((base, _BASE_FILES), (tokenizer, _TOKENIZER_FILES))
+    found = [path for folder, patterns in wanted for pattern in patterns for path in sorted(folder.glob(pattern))]
+    return {path.name: path for path in found if path.is_file() and path not in files.by_file}
 
 
 def _write_json(path: Path, values: dict[str, Any]) -> None:
-    path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+    write_new(path, json.dumps(values, indent=2) + "\n")

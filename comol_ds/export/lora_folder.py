@@ -18,14 +18,16 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
-from comol_ds.adapters.adapter_folder import CONFIG_FILE, KEY_PREFIX, TENSOR_FILE, sync
+from comol_ds.adapters.adapter_folder import CONFIG_FILE, KEY_PREFIX, TENSOR_FILE
 from comol_ds.errors import UserError
 from comol_ds.export.base_modules import read_base_modules
 from comol_ds.export.staged_folder import staged_folder
 from comol_ds.export.static_lora import StaticLora
 from comol_ds.export.tensor_faults import FUSED
+from comol_ds.files import sync, write_new
+from comol_ds.tensor_files import save_tensors
 
 
 def write_lora(
@@ -137,8 +139,8 @@ def _fused_kinds(parent: str, name: str) -> set[tuple[str, str]]:
 
 
 def _write_files(folder: Path, tensors: dict[str, torch.Tensor], config: dict[str, Any]) -> None:
-    (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-    save_file(tensors, folder / TENSOR_FILE, metadata={"format": "pt"})
+    write_new(folder / CONFIG_FILE, json.dumps(config, indent=2, sort_keys=True) + "\n")
+    save_tensors(tensors, folder / TENSOR_FILE)
     for name in (CONFIG_FILE, TENSOR_FILE):
         sync(folder / name)
     read = load_file(folder / TENSOR_FILE)

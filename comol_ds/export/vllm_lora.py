@@ -20,13 +20,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 
 from comol_ds.adapters.adapter_folder import CONFIG_FILE, KEY_PREFIX, TENSOR_FILE, split_tensors, verify_tensors
 from comol_ds.adapters.comol_layer import comol_table
 from comol_ds.adapters.config import CoMoLConfig
 from comol_ds.adapters.table import parameter_names
 from comol_ds.errors import UserError
+from comol_ds.files import write_new
+from comol_ds.tensor_files import save_tensors
 
 # Stock vLLM's error is this name followed by "is unsupported LoRA weight".
 GUARD = "comol_guard.needs_the_vllm_plugin_of_comol_ds"
@@ -57,9 +58,9 @@ def write_vllm_lora(
     expanded = expand_adapter(tensors, config)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    save_file(expanded | {GUARD: torch.zeros(1)}, folder / TENSOR_FILE, metadata={"format": "pt"})
+    save_tensors(expanded | {GUARD: torch.zeros(1)}, folder / TENSOR_FILE)
     values = json.dumps(_config_values(expanded, config, base), indent=2, sort_keys=True)
-    (folder / CONFIG_FILE).write_text(values + "\n")
+    write_new(folder / CONFIG_FILE, values + "\n")
     return min(rank for rank in MAX_LORA_RANKS if rank >= config.r * config.num_experts)
 
 

@@ -16,8 +16,8 @@ import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from comol_ds.adapters.adapter_folder import sync
 from comol_ds.errors import UserError
+from comol_ds.files import sync
 from comol_ds.parallel.groups import node_name
 from comol_ds.parallel.weight_files import WeightFiles
 

@@ -1,7 +1,6 @@
 """launch/export.py: flags, and what each --format does."""
 
 import argparse
-import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -106,7 +105,8 @@ def export(options: argparse.Namespace) -> list[str]:
         shape = f"r={config.r}, {config.num_experts} experts, router={config.router}"
         return [f"{options.output_dir}: CoMoL adapter, {shape}"]
     source = find_adapter(options.checkpoint, options.model_name_or_path)
-    sources = [source.folder, *([Path(source.base)] if os.path.isdir(source.base) else [])]
+    data = [entry for name in ("dataset", "eval_dataset") for entry in (source.run or {}).get(name) or []]
+    sources = [source.folder, source.base, source.tokenizer, *(options.calibration or data)]
     with staged_folder(Path(options.output_dir), options.overwrite_output_dir, sources=sources) as folder:
         lines = FORMATS[options.format](source, folder, options)
     return [f"{source.folder} -> {options.output_dir}, {options.format}", *lines]

@@ -27,7 +27,6 @@ from typing import Any, TypeVar
 import torch
 from peft import PeftConfig
 from safetensors import safe_open
-from safetensors.torch import save_file
 
 from comol_ds.adapters.adapter_folder import write_adapter
 from comol_ds.adapters.comol_layer import ADAPTER
@@ -44,6 +43,7 @@ from comol_ds.parallel.training_state import (
     set_optimizer_hyperparameters,
 )
 from comol_ds.parallel.zero_partition import adapter_state_dict
+from comol_ds.tensor_files import save_tensors
 from comol_ds.training.commit import STATE, Committer, Target, remove_leftovers, write_part
 from comol_ds.training.generation import Generation, claim_generation
 from comol_ds.training.resume import Resume, RunIdentity, read_state
@@ -186,7 +186,7 @@ def _take(assembled: Assembled, step: int, identity: RunIdentity, world: World) 
     described = _describe(assembled, step, identity, state.keys() - {VALUES})
     named = {f"{kind}:{name}": tensor for kind, tensors in state.items() for name, tensor in tensors.items()}
     return writers | {
-        str(_TENSORS): lambda path: save_file(named, path),
+        str(_TENSORS): lambda path: save_tensors(named, path),
         "adapter": lambda path: write_adapter(adapter, config, path),
         STATE: lambda path: path.write_text(described, encoding="utf-8"),
     }

@@ -21,9 +21,9 @@ from pathlib import Path
 from threading import Event
 from typing import Any
 
-from comol_ds.adapters.adapter_folder import sync
 from comol_ds.checkpoint_names import MARKER, by_step
 from comol_ds.errors import UserError, one_line
+from comol_ds.files import sync
 from comol_ds.tensor_files import listed_file
 from comol_ds.text_files import read_json
 from comol_ds.training.generation import Generation

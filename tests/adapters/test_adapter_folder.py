@@ -149,7 +149,7 @@ def test_a_failed_write_leaves_the_old_adapter(adapter, tmp_path, monkeypatch):
     def full_disk(*_, **__):
         raise OSError("No space left on device")
 
-    monkeypatch.setattr(adapter_folder, "save_file", full_disk)
+    monkeypatch.setattr(adapter_folder, "save_tensors", full_disk)
     with pytest.raises(OSError, match="No space left"):
         write_adapter({key: value + 1 for key, value in tensors.items()}, config, tmp_path / "a")
     assert [path.name for path in tmp_path.iterdir()] == ["a"]

@@ -136,6 +136,17 @@ def test_an_existing_adapter_is_replaced_on_request(tmp_path):
     assert all(torch.equal(new[key], 2 * old[key]) for key in old)
 
 
+def test_a_folder_that_is_no_export_is_never_written_over(tmp_path, capsys):
+    source, mine = write_authors_folder(tmp_path / "authors"), tmp_path / "mine"
+    mine.mkdir()
+    (mine / "adapter_model.safetensors").write_text("mine")
+    for target in (mine, source):
+        before = {path: path.read_bytes() for path in target.iterdir()}
+        assert in_process(source, target, "--overwrite_output_dir") == 2
+        assert "choose another --output_dir" in capsys.readouterr().err
+        assert {path: path.read_bytes() for path in target.iterdir()} == before
+
+
 class Malicious:
     """Pickles into a call that creates a file."""
 

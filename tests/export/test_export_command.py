@@ -1,16 +1,21 @@
 """launch/export.py: every format from a run folder, what it prints, and what it refuses."""
 
 import json
+import os
+import shutil
+import stat
 import subprocess
 import sys
 
 import pytest
 import torch
+import yaml
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from comol_ds import load_for_inference
 from comol_ds.errors import UserError
+from comol_ds.output_folder import EXPORT_MARK, files_in, write_mark
 from comol_ds.serving.command import export, parse
 from tests.distributed.launching import REPOSITORY
 from tests.trained_adapters import save_run
@@ -100,6 +105,40 @@ def test_what_is_read_is_never_written_over(run, inside):
     with pytest.raises(UserError, match="choose another --output_dir"):
         export_run(run, "lora", target, "--overwrite_output_dir")
     assert (run[0] / "adapter" / "adapter_model.safetensors").is_file() and (run[0] / "config.yaml").is_file()
+
+
+@pytest.mark.parametrize("read", ["tokenizer", "data"])
+def test_an_export_that_holds_an_input_is_never_replaced(run, read, tmp_path):
+    """The tokenizer and the calibration data, not the adapter and the base alone."""
+    export_run(run, "comol", tmp_path / "out")
+    (tmp_path / "out" / "data.jsonl").write_text((run[0].parent / "validation.jsonl").read_text())
+    write_mark(tmp_path / "out", EXPORT_MARK, files_in(tmp_path / "out"))
+    copy = shutil.copytree(run[0], tmp_path / "run")
+    settings = yaml.safe_load((copy / "config.yaml").read_text())
+    words = []
+    if read == "tokenizer":
+        settings["tokenizer_name"] = str(tmp_path / "out")
+    else:
+        words = ["--calibration", str(tmp_path / "out" / "data.jsonl")]
+    (copy / "config.yaml").write_text(yaml.safe_dump(settings))
+    with pytest.raises(UserError, match=r"out holds .*out.*, which is read; choose another --output_dir"):
+        export_run((copy,), "lora", tmp_path / "out", "--overwrite_output_dir", *words)
+    assert (tmp_path / "out" / "data.jsonl").is_file()
+
+
+@pytest.mark.parametrize("export_format", ["comol", "vllm-lora", "lora", "hf-exact", "merged"])
+def test_files_get_the_permissions_that_the_umask_gives(run, export_format, tmp_path):
+    before = os.umask(0o027)
+    try:
+        export_run(run, export_format, tmp_path / "out")
+    finally:
+        os.umask(before)
+    base = (run[0].parent / "model" / "model.safetensors").stat()
+    modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in (tmp_path / "out").rglob("*")}
+    if export_format == "hf-exact":
+        assert modes.pop("base_model.safetensors") == stat.S_IMODE(base.st_mode), "the base's own file"
+    assert set(modes.values()) == {0o640}, modes
+    assert stat.S_IMODE((tmp_path / "out").stat().st_mode) == 0o750
 
 
 def test_an_error_half_way_leaves_nothing(run, tmp_path, monkeypatch):

@@ -10,12 +10,13 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from comol_ds.adapters.adapter_folder import read_adapter
 from comol_ds.errors import UserError
 from comol_ds.export.hf_exact import ADAPTER_FILE, write_hf_exact
 from tests.export.hf_exact_cases import Case, export, train
+from tests.export.merging.merge_bases import shards_in_folders
 
 
 @pytest.fixture
@@ -24,17 +25,45 @@ def trained(tmp_path):
     return tmp_path
 
 
-def test_a_base_on_another_file_system_is_copied(trained, monkeypatch):
-    def refuse(*_):
-        raise OSError(errno.EXDEV, "Invalid cross-device link")
+def refuse_link(*_):
+    raise OSError(errno.EXDEV, "Invalid cross-device link")
 
-    monkeypatch.setattr(os, "link", refuse)
+
+def test_a_base_on_another_file_system_is_copied(trained, monkeypatch):
+    monkeypatch.setattr(os, "link", refuse_link)
     report = export(trained)
     size = (trained / "base" / "model.safetensors").stat().st_size
     assert (report.linked_bytes, report.copied_bytes) == (0, size)
     copy, original = trained / "served" / "base_model.safetensors", trained / "base" / "model.safetensors"
     assert copy.read_bytes() == original.read_bytes() and copy.stat().st_ino != original.stat().st_ino
     assert report.lines()[1] == "weights of the base: 0.00 GB copied"
+
+
+ONE_NAME = {
+    "in two folders": ("w.safetensors", "sub/w.safetensors"),
+    "of the adapter's file": (ADAPTER_FILE, "sub/w.safetensors"),
+    "of the tokenizer's files": ("tokenizer.safetensors", "sub/vocab.safetensors"),
+}
+
+
+@pytest.mark.parametrize("can_link", [True, False])
+@pytest.mark.parametrize("names", ONE_NAME.values(), ids=ONE_NAME)
+def test_no_file_of_the_base_is_written_whatever_it_is_called(names, can_link, trained, tmp_path, monkeypatch):
+    shards_in_folders(trained / "base", *names)
+    tokenizer = tmp_path / "tokenizer"
+    tokenizer.mkdir()
+    for name in names:
+        (tokenizer / Path(name).name).write_text("of the tokenizer's folder")
+    before = {path: path.read_bytes() for path in (trained / "base").rglob("*") if path.is_file()}
+    if not can_link:
+        monkeypatch.setattr(os, "link", refuse_link)
+    export(trained, tokenizer_folder=tokenizer)
+    assert {path: path.read_bytes() for path in before} == before
+    model, served = (
+        AutoModelForCausalLM.from_pretrained(trained / name, trust_remote_code=True) for name in ("base", "served")
+    )
+    served_weights = {key.replace("base_layer.", ""): value for key, value in served.state_dict().items()}
+    assert all(torch.equal(served_weights[key], value) for key, value in model.state_dict().items())
 
 
 def test_links_of_the_hub_cache_are_followed(trained):
@@ -58,12 +87,13 @@ def test_the_tokenizer_can_lie_elsewhere(trained, tmp_path):
 
 
 def test_an_existing_checkpoint_is_replaced_only_if_asked(trained):
+    (trained / "base" / "LICENSE").touch()
     export(trained)
-    (trained / "served" / "stale").touch()
+    (trained / "base" / "LICENSE").unlink()
     with pytest.raises(UserError, match="exists; choose another --output_dir or add --overwrite_output_dir"):
         export(trained)
     export(trained, overwrite=True)
-    assert not (trained / "served" / "stale").exists()
+    assert not (trained / "served" / "LICENSE").exists()
     assert not [path for path in trained.iterdir() if path.name.startswith(".")]
 
 

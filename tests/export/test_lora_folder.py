@@ -19,6 +19,7 @@ from comol_ds.export.lora_folder import write_lora
 from comol_ds.export.static_core import least_squares_cores, static_lora
 from comol_ds.export.static_lora import StaticLora
 from comol_ds.export.validate import SERVERS, check_folder
+from comol_ds.output_folder import EXPORT_MARK, files_in, write_mark
 from tests.export.static_models import plain_batch
 from tests.tiny_models import save_tiny_model
 from tests.trained_adapters import save_trained_adapter
@@ -80,6 +81,7 @@ def test_the_folder_is_the_portable_form(base, tmp_path):
     write_lora(lora, base, tmp_path / "deep" / "lora")
     assert sorted(path.name for path in (tmp_path / "deep").iterdir()) == ["lora"]
     assert sorted(path.name for path in (tmp_path / "deep" / "lora").iterdir()) == [
+        EXPORT_MARK,
         "adapter_config.json",
         "adapter_model.safetensors",
     ]
@@ -128,7 +130,7 @@ def test_no_server_misreads_the_folder(rank, written, server, base, tmp_path):
 def test_an_empty_folder_is_filled(base, tmp_path):
     (tmp_path / "lora").mkdir()
     write_lora(some_lora(base), base, tmp_path / "lora")
-    assert len(list((tmp_path / "lora").iterdir())) == 2
+    assert len(list((tmp_path / "lora").iterdir())) == 3
 
 
 def test_modules_without_siblings_stand_alone(base, tmp_path):
@@ -160,9 +162,11 @@ def test_overwriting_replaces_an_earlier_export_with_its_report(base, tmp_path):
     folder = tmp_path / "lora"
     write_lora(some_lora(base), base, folder)
     (folder / "fidelity.json").write_text("{}")
+    write_mark(folder, EXPORT_MARK, files_in(folder))
     lora = some_lora(base, ["model.layers.0.mlp.down_proj"])
     write_lora(lora, base, folder, overwrite=True)
-    assert sorted(path.name for path in folder.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
+    names = [EXPORT_MARK, "adapter_config.json", "adapter_model.safetensors"]
+    assert sorted(path.name for path in folder.iterdir()) == names
     tensors = load_file(folder / "adapter_model.safetensors")
     for module, up in lora.up.items():
         assert torch.equal(tensors[f"base_model.model.{module}.lora_B.weight"][:, :5], up)

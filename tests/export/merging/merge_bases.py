@@ -1,6 +1,7 @@
 """Bases in shards, updates and what a merge in memory makes of them, for the tests of the streamed merge."""
 
 import copy
+import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -77,3 +78,20 @@ def refusal(*arguments, **options) -> str:
         merge_into_base(*arguments, **options)
     assert "\n" not in str(raised.value)
     return str(raised.value)
+
+
+def shards_in_folders(base: Path, *names: str) -> dict[Path, bytes]:
+    """Put the weights of a folder into two shards of these names, and the index after them; the new files' bytes."""
+    names = names or ("w.safetensors", "sub/w.safetensors")
+    weights = tensors_of(base)
+    for path in base.glob("*.safetensors*"):
+        path.unlink()
+    keys = sorted(weights)
+    shares = dict(zip(names, (keys[::2], keys[1::2]), strict=True))
+    for name, share in shares.items():
+        (base / name).parent.mkdir(exist_ok=True)
+        save_file({key: weights[key] for key in share}, base / name, metadata={"format": "pt"})
+    weight_map = {key: name for name, share in shares.items() for key in share}
+    index = base / "model.safetensors.index.json"
+    index.write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    return {path: path.read_bytes() for path in (index, *(base / name for name in names))}

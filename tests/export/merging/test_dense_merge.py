@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from comol_ds.export import merged_file
 from comol_ds.export.dense_merge import merge_into_base
+from comol_ds.output_folder import EXPORT_MARK
 from tests.export.merging.merge_bases import (
     EMBEDDING,
     HEAD,
@@ -24,6 +25,7 @@ from tests.export.merging.merge_bases import (
     refusal,
     rewrite,
     save_base,
+    shards_in_folders,
     tensors_of,
 )
 from tests.tiny_models import FAMILIES, VOCABULARY
@@ -83,7 +85,7 @@ def test_a_float64_base_keeps_its_precision(tmp_path, output):
 
 def test_headers_index_and_other_files_keep_their_bytes(base, static, output):
     merge_into_base(base, static, output)
-    assert {path.name for path in output.iterdir()} == {path.name for path in base.iterdir()}
+    assert {path.name for path in output.iterdir()} == {path.name for path in base.iterdir()} | {EXPORT_MARK}
     for path in base.iterdir():
         if path.suffix == ".safetensors":
             assert header_of(output / path.name) == header_of(path)
@@ -209,8 +211,17 @@ def test_other_forms_of_the_weights_are_left_out(base, static, output):
         "pytorch_model.bin.index.json",
     ]  # fmt: skip
     here = {path.name for path in base.iterdir()}
-    assert {path.name for path in output.iterdir()} == here - set(report.left_out) - {".cache"}
+    assert {path.name for path in output.iterdir()} == here - set(report.left_out) - {".cache"} | {EXPORT_MARK}
     assert (output / "additional_chat_templates" / "rag.jinja").read_text() == "template"
+
+
+def test_shards_of_one_name_in_two_folders_stay_apart(base, static, output):
+    weights, before = tensors_of(base), shards_in_folders(base)
+    report = merge_into_base(base, static, output)
+    files = {str(file.relative_to(output)): load_file(file) for file in output.rglob("*.safetensors")}
+    assert files.keys() == {"w.safetensors", "sub/w.safetensors"}
+    assert_same_bits(files["w.safetensors"] | files["sub/w.safetensors"], merged_in_memory(weights, static))
+    assert report.left_out == [] and {path: path.read_bytes() for path in before} == before
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)

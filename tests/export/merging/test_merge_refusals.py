@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from comol_ds.export import merged_file, staged_folder
 from comol_ds.export.dense_merge import merge_into_base
 from comol_ds.export.static_lora import StaticLora
+from comol_ds.output_folder import EXPORT_MARK, files_in, write_mark
 from tests.export.merging.merge_bases import (
     NORM,
     Q_PROJ,
@@ -194,7 +195,6 @@ def test_a_damaged_base_is_refused_before_anything_is_written(damage, base, stat
 
 def test_an_existing_folder_is_replaced_on_demand_only(base, static, output):
     merge_into_base(base, static, output)
-    (output / "model-of-an-earlier-export.safetensors").write_text("stale")
     before = {path.name: path.read_bytes() for path in output.iterdir()}
     assert refusal(base, static, output) == (
         f"{output} exists; choose another --output_dir or add --overwrite_output_dir"
@@ -202,18 +202,22 @@ def test_an_existing_folder_is_replaced_on_demand_only(base, static, output):
     failing = random_update(tensors_of(base), 1e-4)
     refusal(base, failing, output, overwrite=True)
     assert {path.name: path.read_bytes() for path in output.iterdir()} == before, "a refusal leaves what was there"
+    (output / "chat_template.jinja").write_text("of another base")
+    write_mark(output, EXPORT_MARK, files_in(output))
     merge_into_base(base, static, output, overwrite=True)
-    assert {path.name for path in output.iterdir()} == {path.name for path in base.iterdir()}
+    assert {path.name for path in output.iterdir()} == {path.name for path in base.iterdir()} | {EXPORT_MARK}
     assert sorted(base.parent.iterdir()) == sorted([base, output])
 
 
 def test_folders_that_are_no_export_are_never_replaced(base, static, output):
     output.mkdir()
-    (output / "thesis.txt").write_text("years of work")
-    assert refusal(base, static, output, overwrite=True) == (
-        f"{output} holds neither a model nor an adapter and would be deleted with all that is in it;"
-        " choose another --output_dir or empty it yourself"
-    )
+    for name in ("thesis.txt", "config.json", EXPORT_MARK):  # the mark as a user might write it
+        (output / name).write_text("years of work")
+        assert refusal(base, static, output, overwrite=True) == (
+            f"{output} has no {EXPORT_MARK}, the mark of an earlier export, and would be deleted with all that is in"
+            " it; choose another --output_dir or empty it yourself"
+        )
+        assert (output / name).read_text() == "years of work"
     for holder in (base, base.parent):
         assert refusal(base, static, holder, overwrite=True) == (
             f"{holder} holds {base}, which is read; choose another --output_dir"
@@ -221,6 +225,29 @@ def test_folders_that_are_no_export_are_never_replaced(base, static, output):
     file = base.parent / "file"
     file.write_text("x")
     assert refusal(base, static, file, overwrite=True) == f"{file} is a file; --output_dir names a folder"
+
+
+def test_what_came_into_an_export_later_is_never_deleted(base, static, output):
+    merge_into_base(base, static, output)
+    (output / "src" / ".git").mkdir(parents=True)
+    (output / "src" / ".git" / "HEAD").write_text("ref")
+    (output / "src" / "link").symlink_to(base)
+    assert refusal(base, static, output, overwrite=True) == (
+        f"{output / 'src/.git/HEAD'} (2 such) came into the export later and would be deleted with it; move it"
+        " elsewhere or choose another --output_dir"
+    )
+    assert (output / "src" / ".git" / "HEAD").read_text() == "ref"
+
+
+def test_a_base_made_of_links_into_the_export_is_read(base, static, output):
+    merge_into_base(base, static, output)
+    linked = base.parent / "linked"
+    linked.mkdir()
+    for file in output.iterdir():
+        (linked / file.name).symlink_to(file)
+    assert refusal(linked, static, output, overwrite=True) == (
+        f"{output} holds {linked}, which is read; choose another --output_dir"
+    )
 
 
 def test_an_empty_folder_may_be_there(base, static, output):
