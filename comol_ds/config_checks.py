@@ -3,6 +3,8 @@
 import math
 import re
 
+import regex
+
 from comol_ds.config import RunConfig, RunSettings
 from comol_ds.errors import UserError
 
@@ -41,8 +43,8 @@ def _check_evaluation(config: RunConfig) -> None:
 
 def _is_pattern(text: str) -> bool:
     try:
-        re.compile(text)
-    except (re.error, OverflowError, RecursionError):
+        regex.compile(text)
+    except (regex.error, RecursionError):
         return False
     return True
 

@@ -50,19 +50,29 @@ def check_matching_ends(settings: Any, names: Iterable[str]) -> None:
     for field, expression in _expressions(settings):
         if _PLAIN.fullmatch(expression):
             continue
-        given = json.dumps([_MATCHED[field][0], _completed(field, expression), names])
-        command = [sys.executable, "-I", "-S", "-c", _TRIAL]
-        try:  # an expression that cannot be compiled ends it with an error, which is not this function's matter
-            subprocess.run(command, input=given.encode(), timeout=_SECONDS, stderr=subprocess.DEVNULL)
-        except subprocess.TimeoutExpired as error:
+        function, completed = _MATCHED[field]
+        if not matching_ends(function, completed.replace("{}", expression), names):
             raise UserError(
                 f"{field} {shown(expression)} takes more than {_SECONDS} s to match against the model's module names;"
                 " write a simpler expression, without repetitions inside repetitions"
-            ) from error
+            )
 
 
-def _completed(field: str, expression: str) -> str:
-    return _MATCHED[field][1].replace("{}", expression)
+def matching_ends(function: str, expression: str, names: list[str]) -> bool:
+    """Whether matching an expression against all names ends within some seconds.
+
+    Args:
+        function: of re, "match" or "fullmatch".
+        expression: what cannot be compiled ends at once.
+        names: texts.
+    """
+    given = json.dumps([function, expression, names])
+    command = [sys.executable, "-I", "-S", "-c", _TRIAL]
+    try:
+        subprocess.run(command, input=given.encode(), timeout=_SECONDS, stderr=subprocess.DEVNULL)
+    except subprocess.TimeoutExpired:
+        return False
+    return True
 
 
 def _expressions(settings: Any) -> Iterator[tuple[str, str]]:

@@ -7,6 +7,7 @@ reads modules, names and sizes only, so it works on a model without memory, befo
 import math
 import re
 from collections import defaultdict
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from deepspeed.module_inject.autotp_config import PartitionType
@@ -14,6 +15,7 @@ from deepspeed.module_inject.tp_plan_converter import TPPlanConverter
 from torch import nn
 from transformers import PreTrainedModel
 
+from comol_ds.adapters.expressions import matching_ends
 from comol_ds.adapters.table import BaseKind
 from comol_ds.config import AdapterSettings
 from comol_ds.errors import UserError
@@ -29,6 +31,8 @@ _ACCEPTED = ("colwise", "rowwise", *_WHOLE)
 # Dropout inside a sharded region: the ranks hold different heads or columns and would draw the same mask for them.
 _SHARDED_DROPOUTS = ("attention_dropout", "attn_pdrop", "attention_probs_dropout_prob", "activation_dropout")
 
+# Plans are names with a star or two; matching them takes no time, and neither would four stars.
+_NAMES_AND_STARS = re.compile(r"[\w.]*(\*[\w.]*){0,4}")
 _EXAMPLE = '{"layers.*.up_proj": "colwise", "layers.*.down_proj": "rowwise"}'
 
 
@@ -155,6 +159,8 @@ def _match(model: PreTrainedModel, plan: _Plan) -> dict[str, BaseKind]:
     with_weight = {name: module for name, module in model.named_modules() if hasattr(module, "weight")}
     chosen: dict[str, tuple[str, BaseKind]] = {}  # name -> the pattern that matched first, and its kind
     for (pattern, style), spec in zip(plan.styles.items(), TPPlanConverter.convert(plan.styles), strict=True):
+        if plan.is_file and not _NAMES_AND_STARS.fullmatch(pattern):
+            _check_matching_ends(plan, pattern, spec.patterns, with_weight)
         try:
             # DeepSpeed's patterns are about parameters
             matches = [name for name in with_weight if spec.matches(f"{name}.weight")]
@@ -173,6 +179,12 @@ def _match(model: PreTrainedModel, plan: _Plan) -> dict[str, BaseKind]:
             if known != kind:
                 raise plan.error(f": {other!r} and {pattern!r} place {name} differently", "remove one")
     return {name: kind for name, (_, kind) in chosen.items()}
+
+
+def _check_matching_ends(plan: _Plan, pattern: str, expressions: list[str], names: Iterable[str]) -> None:
+    parameters = [f"{name}.weight" for name in names]
+    if not all(matching_ends("match", expression, parameters) for expression in expressions):
+        raise plan.error(f": matching {pattern!r} does not end in seconds", "write names, dots and *")
 
 
 def _check_linear(module: nn.Module, name: str, pattern: str, style: str, plan: _Plan) -> None:

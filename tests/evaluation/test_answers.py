@@ -3,6 +3,7 @@
 import pytest
 
 from comol_ds.errors import UserError
+from comol_ds.evaluation import answers
 from comol_ds.evaluation.answers import ExactMatch, reference_lines
 from tests.data.data_helpers import tiny_tokenizer
 
@@ -70,3 +71,16 @@ def test_a_pattern_that_finds_nothing_in_references_is_counted_or_refused():
         f"--answer_pattern {GSM8K!r} finds nothing in any of the 2 validation answers, such as"
         f" {'a' * 73 + ' is one'!r}; change the pattern"
     )
+
+
+def test_a_pattern_that_never_ends(monkeypatch):
+    monkeypatch.setattr(answers, "_SECONDS", 0.2)
+    endless, text = r"(a|aa)+$", "a" * 60 + "b"
+    with pytest.raises(UserError) as error:
+        lines(["a", text], 5, endless)
+    assert str(error.value) == (
+        f"--answer_pattern {endless!r} takes more than 0.2 s on one validation answer; write a simpler expression,"
+        " without repetitions inside repetitions"
+    )
+    # what a model writes is known after training only, which it must not end
+    assert ExactMatch(endless)(text, "aaa") is False

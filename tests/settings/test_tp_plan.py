@@ -15,6 +15,7 @@ from transformers import (
     Phi3Config,
 )
 
+from comol_ds.adapters import expressions
 from comol_ds.config import AdapterSettings
 from comol_ds.errors import UserError
 from comol_ds.parallel.tp_plan import check_placement, place_linears
@@ -230,3 +231,14 @@ def test_projections_interleaved_by_head_are_sliced_as_their_model_says():
         "attention.query_key_value": "column", "attention.dense": "row",
         "mlp.dense_h_to_4h": "column", "mlp.dense_4h_to_h": "row",
     }  # fmt: skip
+
+
+@pytest.mark.parametrize("pattern", [r"(\w+.?)+!", "*" * 20 + "x"], ids=["nested", "stars"])
+def test_a_pattern_that_never_ends_is_refused(pattern, plan_file, monkeypatch):
+    monkeypatch.setattr(expressions, "_SECONDS", 1)
+    path = plan_file({pattern: "colwise"})
+    with pytest.raises(UserError) as error:
+        place_linears(llama(), path)
+    assert str(error.value) == (
+        f"--tp_plan {path}: matching {pattern!r} does not end in seconds; write names, dots and *"
+    )
