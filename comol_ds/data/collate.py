@@ -63,13 +63,15 @@ def prompt_batch(records: Sequence[dict[str, Any] | None], pad_token_id: int) ->
 
     Returns:
         int64 `input_ids`, `attention_mask` [B, T]; lists `references`, `record_ids`, `tasks` of length B, with None
-        for dummy rows.
+        for dummy rows; `end_tokens`, the ids that the answers are trained to end with.
     """
+    whole = [record["input_ids"] for record in records if record and not record["truncated"]]
     rows = [record or _dummy(pad_token_id) for record in records]
     prompts = [row["input_ids"][: row["prompt_length"]] for row in rows]
     return {
         "input_ids": _stack(prompts, pad_token_id, left=True),
         "attention_mask": _stack([[1] * len(prompt) for prompt in prompts], 0, left=True),
+        "end_tokens": sorted({ids[-1] for ids in whole}),
         "references": [row["reference"] for row in rows],
         "record_ids": [row["record_id"] for row in rows],
         "tasks": [row["task"] for row in rows],

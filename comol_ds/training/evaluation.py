@@ -60,7 +60,7 @@ def evaluate(
         router_load: counts the forward passes over ``batches`` as validation; generation is not counted.
         tasks: names of all tasks, alike on every rank.
         batches: as `comol_ds.data.collate.padded_batch` makes them.
-        prompts: left-padded input_ids, attention_mask [B, T], tasks and references (the expected texts).
+        prompts: left-padded input_ids, attention_mask [B, T], tasks, references (the expected texts) and end_tokens.
         max_new_tokens: longest generated answer, in tokens.
         exact_match: compares answers with references.
 
@@ -118,7 +118,8 @@ def _answers(
     """Greedy answers to a batch of prompts; dummy rows have none."""
     prompt, mask = batch["input_ids"].to(device), batch["attention_mask"].to(device)
     model = assembled.engine.module
-    with plain_generation(model, tokenizer), assembled.vocabulary.whole_logits():
+    ends = batch["end_tokens"]  # a chat template may end a turn with another token than the base and its tokenizer do
+    with plain_generation(model, tokenizer, end_tokens=ends), assembled.vocabulary.whole_logits():
         output = model.generate(input_ids=prompt, attention_mask=mask, max_new_tokens=max_new_tokens)
     written = tokenizer.batch_decode(output[:, prompt.shape[1] :], skip_special_tokens=True)
     sent = [tokenizer.decode(ids[real.bool()]) for ids, real in zip(prompt, mask, strict=True)]

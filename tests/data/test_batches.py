@@ -202,6 +202,14 @@ def test_generation_prompts_are_left_padded_with_references():
     assert len(seen) == len(set(seen)) == 10
 
 
+def test_prompts_say_what_their_answers_are_trained_to_end_with():
+    data = records(4).map(lambda row: {"truncated": row["record_id"] == "x:1"})
+    ends = {row["record_id"]: row["input_ids"][-1] for row in data}
+    (batch,) = generation_batches(data, 8, 0, 1, PAD)
+    assert batch["end_tokens"] == sorted(ends[name] for name in ("x:0", "x:2", "x:3"))
+    assert len(set(ends.values())) == 4
+
+
 def test_a_bounded_generation_takes_all_tasks_in_turn():
     found = [name for batch in generation_batches(records(60), 4, 0, 1, PAD, max_records=9) for name in batch["tasks"]]
     assert sorted(task for task in found if task) == ["rare"] * 3 + ["task0"] * 3 + ["task1"] * 3

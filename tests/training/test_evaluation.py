@@ -63,22 +63,26 @@ def model():
     return adapted.train()
 
 
-def greedy(model: torch.nn.Module, prompt: list[int]) -> str:
+def greedy(model: torch.nn.Module, prompt: list[int]) -> list[int]:
     """The answer token by token, without padding or cache."""
     ids = list(prompt)
     for _ in range(NEW_TOKENS):
         ids.append(int(model(torch.tensor([ids]), use_cache=False).logits[0, -1].argmax()))
         if ids[-1] == TOKENIZER.eos_token_id:
             break
-    return TOKENIZER.decode(ids[len(prompt) :], skip_special_tokens=True)
+    return ids[len(prompt) :]
 
 
-def greedy_of(model: torch.nn.Module, row: dict) -> str:
+def greedy_ids(model: torch.nn.Module, row: dict) -> list[int]:
     model.eval()
     with torch.no_grad():
         answer = greedy(model, row["input_ids"][: row["prompt_length"]])
     model.train()
     return answer
+
+
+def greedy_of(model: torch.nn.Module, row: dict) -> str:
+    return TOKENIZER.decode(greedy_ids(model, row), skip_special_tokens=True)
 
 
 @pytest.fixture(scope="module")
@@ -131,6 +135,18 @@ def score_and_answers(
         torch.device("cpu"),
         ExactMatch(pattern),
     )
+
+
+def test_an_answer_ends_where_its_kind_is_trained_to_end(model, records):
+    """A chat template's end of turn that is neither the tokenizer's end of sequence nor the base's."""
+    one = records.select([0])
+    ids = greedy_ids(model, one[0])
+    assert len(ids) == NEW_TOKENS, "the case needs an answer that goes on"
+    end = ids[1]
+    ended = one.map(lambda row: {"input_ids": [*row["input_ids"][:-1], end]})
+    (cut,) = score_and_answers(model, ended, 1, None)[1]
+    assert cut.answer == TOKENIZER.decode(ids[: ids.index(end) + 1], skip_special_tokens=True)
+    assert len(ids[: ids.index(end) + 1]) < NEW_TOKENS
 
 
 @pytest.mark.parametrize("batch_size", [1, 4, 16])  # 4 and 16 need dummy rows for 11 records
