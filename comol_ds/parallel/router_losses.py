@@ -16,6 +16,7 @@ from peft import PeftModel
 from comol_ds.adapters.comol_layer import ADAPTER, CoMoLLinear
 from comol_ds.adapters.router_losses import attach_loss, core_diversity_loss, load_balance_loss, router_z_loss
 from comol_ds.config import RouterSettings
+from comol_ds.errors import UserError
 from comol_ds.parallel.mesh import Mesh
 from comol_ds.parallel.tensor_parallel import base_kind
 
@@ -99,8 +100,22 @@ class RouterLosses:
         return {"load": None if self._load is None else self._load.tolist()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue after `state_dict`."""
-        self._load = None if state["load"] is None else torch.tensor(state["load"])
+        """Continue after `state_dict`.
+
+        Raises:
+            UserError: the state is not of a model with as many adapted layers and experts.
+        """
+        if state.get("load") is None:
+            return
+        try:
+            self._load = torch.tensor(state["load"], dtype=torch.float32)
+        except (TypeError, ValueError, RuntimeError):
+            self._load = None
+        if self._load is None or self._load.shape != (self._layers, self._experts) or not self._load.isfinite().all():
+            raise UserError(
+                f"the checkpoint's router_losses do not hold the load of {self._layers} layers with {self._experts}"
+                " experts; resume from another checkpoint"
+            )
 
     def _allocate(self, device: torch.device) -> None:
         if self._sums is None:

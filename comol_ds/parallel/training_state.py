@@ -6,6 +6,7 @@ together here one parameter at a time, and taken apart again on another layout; 
 """
 
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,7 +21,10 @@ from deepspeed.utils import (
     safe_set_local_optimizer_state,
 )
 from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
 
+from comol_ds.errors import UserError
+from comol_ds.parallel.groups import mesh
 from comol_ds.parallel.zero_partition import full_fp32, over_tensor_parallel
 
 VALUES, STEP = "fp32", "step"  # beside the optimizer's moments, which have torch's names
@@ -58,16 +62,10 @@ def restore_training_state(
 
     Args:
         engine: of a model with the same trainable parameters and the same optimizer.
-        kinds: kind -> names of the parameters that have it, as in `TrainingState`.
+        kinds: kind -> names of the parameters that have it, as `stored_kinds` returns them.
         read: (kind, parameter's name) -> the whole tensor; asked for one at a time.
-
-    Raises:
-        RuntimeError: the stored names are not those of the model's trainable parameters.
     """
     parameters = dict(_trainable(engine))
-    for kind, names in kinds.items():
-        if differing := sorted(set(names) ^ parameters.keys()):
-            raise RuntimeError(f"stored and trained parameters differ in {kind}, first {differing[0]}")
     stage, moments = engine.zero_optimization_stage(), [kind for kind in kinds if kind not in (VALUES, STEP)]
     if stage == 3:
         engine.optimizer.checkpoint_event_prologue()  # partitions what stays gathered between steps
@@ -91,10 +89,65 @@ def optimizer_hyperparameters(engine: DeepSpeedEngine) -> list[dict[str, Any]]:
     return [{k: v for k, v in group.items() if k != "params" and isinstance(v, plain)} for group in groups]
 
 
-def set_optimizer_hyperparameters(engine: DeepSpeedEngine, groups: list[dict[str, Any]]) -> None:
-    """Put back what `optimizer_hyperparameters` returned, as loading a torch optimizer's state does."""
-    for group, stored in zip(engine.basic_optimizer.param_groups, groups, strict=True):
-        group.update({name: tuple(v) if isinstance(v, list) else v for name, v in stored.items()})
+def continue_schedule(engine: DeepSpeedEngine, settings: list[dict[str, Any]], step: int) -> None:
+    """Let the engine train with these settings of `optimizer_hyperparameters`, at the rate of its schedule after
+    ``step`` steps, whatever a checkpoint has put in their place."""
+    optimizer = engine.basic_optimizer
+    for group, values in zip(optimizer.param_groups, settings, strict=True):
+        group.update(values)
+    # a schedule that is made with a position computes the rate there from the groups' initial_lr
+    engine.lr_scheduler = LambdaLR(optimizer, engine.lr_scheduler.lr_lambdas, last_epoch=step - 1)
+
+
+def stored_kinds(
+    engine: DeepSpeedEngine, shapes: Mapping[str, Mapping[str, tuple[int, ...]]], where: Path
+) -> dict[str, list[str]]:
+    """kind -> names of stored tensors, as `restore_training_state` takes them; kinds that the optimizer lacks are left.
+
+    Args:
+        engine: that is to continue with them.
+        shapes: kind -> name -> shape of what is stored.
+        where: the file, for messages.
+
+    Raises:
+        UserError: a kind is missing that the optimizer needs, a name or a shape is not the model's.
+    """
+    needed, parameters = _kinds_after_a_step(engine), dict(_trainable(engine))
+    remedy = "resume with the base, adapter and optimizer that wrote it"
+    if missing := sorted(needed - shapes.keys()):
+        name = type(engine.basic_optimizer).__name__
+        raise UserError(f"{where} has no {missing[0]} of the parameters, which {name} needs; {remedy}")
+    for kind in sorted(needed):
+        if differing := sorted(shapes[kind].keys() ^ parameters.keys()):
+            first = f"{differing[0]!r:.200}"
+            raise UserError(f"{where}: stored and trained parameters differ in {kind}, first {first}; {remedy}")
+        for name, parameter in parameters.items():
+            if not _fits(parameter, shapes[kind][name], kind):
+                shape = list(shapes[kind][name])
+                raise UserError(f"{where}: {kind} of {name} has shape {shape}, which is not this model's; {remedy}")
+    return {kind: list(shapes[kind]) for kind in needed}
+
+
+def _kinds_after_a_step(engine: DeepSpeedEngine) -> set[str]:
+    """What the engine's optimizer keeps of a parameter, and the values: a step of one number shows it."""
+    number = torch.zeros(1, requires_grad=True)
+    number.grad = torch.zeros(1)
+    optimizer = type(engine.basic_optimizer)([number], lr=0.0)
+    optimizer.param_groups[0].update(optimizer_hyperparameters(engine)[0])
+    optimizer.step()
+    return {VALUES} | {kind for kind, value in optimizer.state[number].items() if isinstance(value, torch.Tensor)}
+
+
+def _fits(parameter: nn.Parameter, stored: tuple[int, ...], kind: str) -> bool:
+    """Whether a whole stored tensor has the shape of which this rank holds its part."""
+    if kind == STEP:
+        return stored == ()
+    mine, shard = list(_shape(parameter)), getattr(parameter, "shard", None)
+    if shard is not None and len(stored) == len(mine) and stored[shard.dim] >= shard.stop:
+        mine[shard.dim] = stored[shard.dim]  # the last rank's part ends where the tensor does
+        grid = mesh().grid
+        return list(stored) == mine and (grid.tp_rank < grid.tensor_parallel - 1 or stored[shard.dim] == shard.stop)
+    return list(stored) == mine
 
 
 def _trainable(engine: DeepSpeedEngine) -> Iterator[tuple[str, nn.Parameter]]:

@@ -26,27 +26,30 @@ from typing import Any, TypeVar
 
 import torch
 from peft import PeftConfig
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from comol_ds.adapters.adapter_folder import write_adapter
 from comol_ds.adapters.comol_layer import ADAPTER
-from comol_ds.errors import UserError
+from comol_ds.errors import UserError, one_line
 from comol_ds.parallel.assemble import Assembled
 from comol_ds.parallel.groups import World, gather_objects, mesh, together
 from comol_ds.parallel.native_state import capture_native_files, load_native_files
 from comol_ds.parallel.rng import derive_rng_state, rng_state, set_rng_state
 from comol_ds.parallel.training_state import (
+    STEP,
     VALUES,
+    continue_schedule,
     gather_training_state,
     optimizer_hyperparameters,
     restore_training_state,
-    set_optimizer_hyperparameters,
+    stored_kinds,
 )
 from comol_ds.parallel.zero_partition import adapter_state_dict
 from comol_ds.tensor_files import save_tensors
 from comol_ds.training.commit import STATE, Committer, Target, remove_leftovers, write_part
 from comol_ds.training.generation import Generation, claim_generation
-from comol_ds.training.resume import Resume, RunIdentity, read_state
+from comol_ds.training.identity import RunIdentity
+from comol_ds.training.resume import Resume, read_state
 
 T = TypeVar("T")
 _NATIVE = "deepspeed"
@@ -221,25 +224,40 @@ def load_checkpoint(assembled: Assembled, resume: Resume, identity: RunIdentity,
     """Restore everything but the data position, which follows from the step. A collective call.
 
     On the same layout also the random states; on another one dropout draws new masks, see the module's docstring.
+    Learning rate, schedule and the optimizer's other settings are this run's own: the checkpoint's count for the steps
+    that it holds.
+
+    Raises:
+        UserError: the state does not fit this run's model and optimizer, or cannot be read; on every rank.
     """
     engine, state = assembled.engine, read_state(resume.path)
+    settings = optimizer_hyperparameters(engine)
     assembled.router_losses.load_state_dict(state["router_losses"])
-    if not resume.moved:
+    if resume.is_native:
         load_native_files(engine, resume.path, _NATIVE)
         set_rng_state(torch.load(resume.path / f"rng_rank{world.rank}.pt", weights_only=True))
-        return
-    with safe_open(resume.path / _TENSORS, framework="pt") as file:
-        kinds: dict[str, list[str]] = {}
-        for key in file.keys():  # noqa: SIM118 - no dict
-            kind, name = key.split(":", 1)
-            kinds.setdefault(kind, []).append(name)
-        restore_training_state(engine, kinds, lambda kind, name: file.get_tensor(f"{kind}:{name}"))
-    engine.lr_scheduler.load_state_dict(state["schedule"])
-    set_optimizer_hyperparameters(engine, state["optimizer"]["groups"])
-    engine.global_steps = resume.step
-    engine.global_samples = resume.step * identity.global_batch
-    engine.micro_steps = resume.step * engine.gradient_accumulation_steps()
-    derive_rng_state(identity.seed, resume.step, mesh().grid.dp_rank)
+    else:
+        _load_tensors(engine, resume.path / _TENSORS, resume.step)
+        engine.global_steps = resume.step
+        engine.global_samples = resume.step * identity.global_batch
+        engine.micro_steps = resume.step * engine.gradient_accumulation_steps()
+        derive_rng_state(identity.seed, resume.step, mesh().grid.dp_rank)
+    continue_schedule(engine, settings, resume.step)
+
+
+def _load_tensors(engine: Any, path: Path, step: int) -> None:
+    try:
+        with safe_open(path, framework="pt") as file:
+            shapes: dict[str, dict[str, tuple[int, ...]]] = {}
+            for key in file.keys():  # noqa: SIM118 - no dict
+                kind, _, name = key.partition(":")
+                shapes.setdefault(kind, {})[name] = tuple(file.get_slice(key).get_shape())
+            kinds = together("compare the stored tensors", lambda: stored_kinds(engine, shapes, path))
+            if {float(file.get_tensor(f"{STEP}:{name}")) for name in kinds.get(STEP, ())} - {float(step)}:
+                raise UserError(f"{path}: a parameter was not stepped {step} times; resume from another checkpoint")
+            restore_training_state(engine, kinds, lambda kind, name: file.get_tensor(f"{kind}:{name}"))
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path} cannot be read: {one_line(error)}; resume from another checkpoint") from error
 
 
 def peft_config(engine: Any) -> PeftConfig:

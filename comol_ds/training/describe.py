@@ -100,11 +100,18 @@ def answer_lines(plan: RunPlan, data: PreparedData, tokenizer: PreTrainedTokeniz
 
 
 def resume_lines(plan: RunPlan, total_steps: int) -> list[str]:
-    """Where the run starts, by which route, and the checkpoints that were passed over."""
+    """Where the run starts, by which route, what is not as before, and the checkpoints that were passed over."""
     if plan.resume is not None:
         route = f"resumed from {plan.resume.path}: step {plan.start_step} of {total_steps}, {plan.resume.route}"
-        nothing_left = ", no step left to train" if plan.start_step >= total_steps else ""
-        return [*plan.passed_over, route + nothing_left]
+        if plan.start_step >= total_steps:
+            return [*plan.passed_over, f"{route}, no step left to train"]
+        changed, unknown = plan.resume.difference.changed, plan.resume.difference.unknown
+        return [
+            *plan.passed_over,
+            route,
+            *([f"from here on: {', '.join(changed)}"] if changed else []),
+            *([f"not compared, the checkpoint does not say: {', '.join(unknown)}"] if unknown else []),
+        ]
     if plan.config.run.resume_from_checkpoint:
         return [*plan.passed_over, f"no checkpoint in {plan.folder.checkpoints} yet: starting from step 0"]
     return []
@@ -123,7 +130,7 @@ def result_lines(plan: RunPlan, evaluations: list[Evaluation]) -> list[str]:
     """What was learnt, where everything is, and a next command."""
     counted = plan.config.router.router_load
     return [
-        *_scores(evaluations),
+        *_scores(plan, evaluations),
         f"\nadapter:       {plan.folder.adapter}",
         f"metrics:       {plan.folder.metrics}",
         *([f"router load:   {plan.folder.router_load}"] if counted else []),
@@ -133,7 +140,9 @@ def result_lines(plan: RunPlan, evaluations: list[Evaluation]) -> list[str]:
     ]
 
 
-def _scores(evaluations: list[Evaluation]) -> list[str]:
+def _scores(plan: RunPlan, evaluations: list[Evaluation]) -> list[str]:
+    if not evaluations and plan.folder.was_evaluated(plan.start_step):
+        return [f"\nevaluated before: {plan.folder.evaluations}"]
     if not evaluations:
         return ["\nno validation records, nothing was evaluated"]
     before = evaluations[0] if len(evaluations) > 1 else None

@@ -47,7 +47,8 @@ def run(config: RunConfig, world: groups.World) -> bool:
     with StopRequests(plan.folder.path, plan.folder.checkpoints, config.run, world) as requests:
         groups.initialize(world, config.run.collective_timeout_minutes, plan.grid.tensor_parallel)
         try:
-            return run_all(set_up(plan, requests))
+            state = set_up(plan, requests)
+            return state is None or run_all(state)
         finally:
             groups.shut_down()
 
@@ -65,7 +66,8 @@ def run_all(state: Run) -> bool:
         state.checkpoints.land()
         raise
     state.requests.forget_file()
-    evaluate_now(state, step=state.total_steps)
+    if state.plan.start_step < state.total_steps or not evaluated_before(state):
+        evaluate_now(state, step=state.total_steps)
     write_final_adapter(state)
     say(state.plan, *result_lines(state.plan, state.evaluations))
     return True
@@ -89,7 +91,13 @@ def owes_evaluation(state: Run) -> bool:
     if step == 0:
         return settings.eval_on_start
     is_due = bool(settings.eval_steps) and step % settings.eval_steps == 0 and step < state.total_steps
-    return is_due and not groups.gather_objects(state.plan.folder.was_evaluated(step), "see what was evaluated")[0]
+    return is_due and not evaluated_before(state)
+
+
+def evaluated_before(state: Run) -> bool:
+    """Whether the checkpoint that the run continues was evaluated. A collective call."""
+    found = state.plan.folder.was_evaluated(state.plan.start_step)
+    return groups.gather_objects(found, "see what was evaluated")[0]
 
 
 def train(state: Run) -> bool:

@@ -1,16 +1,17 @@
 """Everything about a run that can be decided, and refused, before a rank waits for another or weights are read."""
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.optim.lr_scheduler import LambdaLR
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from comol_ds.base_config import build_base, read_generation_config, told
 from comol_ds.config import ModelSettings, OptimizerSettings, RunConfig
-from comol_ds.ds_config import load_ds_json, zero_stage
+from comol_ds.ds_config import load_ds_json
 from comol_ds.errors import UserError
 from comol_ds.layout import BatchLayout, RankGrid
 from comol_ds.parallel.activations import check_activations
@@ -24,8 +25,9 @@ from comol_ds.parallel.tp_proof import prove_placement
 from comol_ds.parallel.zero_config import check_quantized
 from comol_ds.parallel.zero_partition import count_parameters
 from comol_ds.training.base_checks import check_positions, check_tokenizer
+from comol_ds.training.identity import RunIdentity, identify
 from comol_ds.training.packing_check import check_packing
-from comol_ds.training.resume import Resume, RunIdentity, plan_resume
+from comol_ds.training.resume import Resume, plan_resume
 from comol_ds.training.run_folder import RunFolder
 
 
@@ -107,43 +109,6 @@ def plan_run(config: RunConfig, world: World) -> RunPlan:
     )
 
 
-def identify(config: RunConfig, world: World, ds_config: dict[str, Any]) -> RunIdentity:
-    """What a checkpoint of this run must share with a run that continues it; ``config`` is resolved."""
-    data = asdict(config.data)
-    return RunIdentity(
-        world_size=world.size,
-        tensor_parallel=config.parallel.tensor_parallel_size,
-        zero_stage=zero_stage(ds_config),
-        bf16=config.model.bf16,
-        global_batch=config.optimizer.global_batch_size,
-        micro_batch=config.optimizer.per_device_train_batch_size,
-        seed=config.run.seed,
-        optim=config.optimizer.optim,
-        model=f"{config.model.model_name_or_path}{', random weights' if config.model.init_random else ''}",
-        adapter=asdict(config.adapter),
-        data={name: data[name] for name in _DECIDE_DATA_ORDER},
-        router_losses={name: value for name, value in asdict(config.router).items() if name.endswith("_coef")},
-    )
-
-
-_DECIDE_DATA_ORDER = (
-    "dataset",
-    "dataset_weights",
-    "dataset_format",
-    "columns",
-    "prompt_template",
-    "dataset_split",
-    "eval_dataset",
-    "validation_split_percentage",
-    "max_train_records",
-    "max_length",
-    "packing",
-    "group_by_length",
-    "train_on_prompt",
-    "streaming",
-)
-
-
 def decide_bf16(asked: bool | None) -> bool:
     """The compute precision: what was asked for, else bfloat16 on accelerators that have it.
 
@@ -161,15 +126,11 @@ def check_schedule(settings: OptimizerSettings) -> None:
     Raises:
         UserError: unknown name, one that needs further arguments, or one that follows a metric instead of the step.
     """
-    if settings.lr_scheduler_type in _METRIC_SCHEDULES:
+    schedule = build_schedule(torch.optim.SGD([torch.zeros(1)]), settings, total_steps=max(1, settings.max_steps))
+    if not isinstance(schedule, LambdaLR):  # DeepSpeed's engine would step it with the batch size as its metric
         raise UserError(
             f"--lr_scheduler_type {settings.lr_scheduler_type} follows a metric, not the step; try linear or cosine"
         )
-    build_schedule(torch.optim.SGD([torch.zeros(1)]), settings, total_steps=max(1, settings.max_steps))
-
-
-# DeepSpeed's engine would step them with the batch size as their metric.
-_METRIC_SCHEDULES = ("reduce_lr_on_plateau", "greedy")
 
 
 def check_attention(settings: ModelSettings) -> None:

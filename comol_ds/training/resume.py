@@ -1,54 +1,17 @@
 """Which checkpoint a run continues, whether it may, and by which route."""
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 from comol_ds.checkpoint_names import MARKER, by_step, step_of
-from comol_ds.errors import UserError
+from comol_ds.errors import UserError, one_line
 from comol_ds.parallel.groups import World, gather_objects, together
 from comol_ds.text_files import read_json
 from comol_ds.training.commit import STATE, damage_of, fault_of
+from comol_ds.training.identity import Difference, RunIdentity
 from comol_ds.training.run_folder import RunFolder
-
-
-@dataclass(frozen=True)
-class RunIdentity:
-    """What two runs must have in common for one to continue the other, and the layout, which may differ."""
-
-    world_size: int
-    tensor_parallel: int
-    zero_stage: int
-    bf16: bool
-    global_batch: int
-    micro_batch: int
-    seed: int
-    optim: str
-    model: str
-    adapter: dict[str, Any]
-    data: dict[str, Any]
-    router_losses: dict[str, float] = field(default_factory=dict)
-
-    LAYOUT: ClassVar[tuple[str, ...]] = ("world_size", "tensor_parallel", "zero_stage", "micro_batch")
-
-    def check_same(self, found: dict[str, Any], where: Path) -> list[str]:
-        """Compare with the identity stored in a checkpoint.
-
-        Returns:
-            How the layout differs, as "zero_stage 3 -> 2"; empty if this run can be bit-equal to the one before.
-
-        Raises:
-            UserError: naming the first setting that differs and both values.
-        """
-        mine, theirs = _flatten(asdict(self)), _flatten(found)
-        for name, value in mine.items():
-            if name not in self.LAYOUT and theirs.get(name) != value:
-                raise UserError(
-                    f"checkpoint {where} was written with {name} = {theirs.get(name)}, this run has {value};"
-                    " resume with the same setting or choose another --output_dir"
-                )
-        return [f"{name} {theirs.get(name)} -> {mine[name]}" for name in self.LAYOUT if theirs.get(name) != mine[name]]
 
 
 @dataclass(frozen=True)
@@ -58,19 +21,29 @@ class Resume:
     Attributes:
         path: its folder.
         step: optimizer steps done.
-        moved: how the layout differs, see `RunIdentity.check_same`.
+        difference: between this run and the one that wrote it.
+        is_own: whether it lies in this run's folder. Files of another one are read as tensors and JSON only: loading
+            DeepSpeed's, which are pickles, would run what code they hold.
     """
 
     path: Path
     step: int
-    moved: list[str]
+    difference: Difference
+    is_own: bool
+
+    @property
+    def is_native(self) -> bool:
+        """Whether the engine continues from DeepSpeed's own files, bit by bit."""
+        return self.is_own and not self.difference.moved
 
     @property
     def route(self) -> str:
         """Which of the two ways into the engine is taken, in words."""
-        if not self.moved:
+        if self.is_native:
             return "by DeepSpeed's own files (same layout)"
-        return f"by the canonical state (another layout: {', '.join(self.moved)}; dropout draws new masks)"
+        moved = [f"another layout: {', '.join(self.difference.moved)}"] if self.difference.moved else []
+        reasons = [*moved, *["another run's folder"] * (not self.is_own), "dropout draws new masks"]
+        return f"by the canonical state ({'; '.join(reasons)})"
 
 
 def plan_resume(
@@ -92,14 +65,14 @@ def plan_resume(
         return None, passed_over
     if checkpoint.parent.resolve() != folder.checkpoints.resolve():
         folder.check_free(overwrite=False)
-        return read_checkpoint(checkpoint, identity), passed_over
+        return read_checkpoint(checkpoint, identity, folder), passed_over
     newest, _ = find_checkpoint("latest", folder.checkpoints, damaged)
     if newest.resolve() != checkpoint.resolve():
         raise UserError(
             f"--resume_from_checkpoint {checkpoint}: {newest} is newer and would be mixed with what follows; delete it,"
             " resume from it, or choose another --output_dir"
         )
-    return read_checkpoint(checkpoint, identity), passed_over
+    return read_checkpoint(checkpoint, identity, folder), passed_over
 
 
 def settle_resume(
@@ -129,14 +102,19 @@ def _find_damage(checkpoint: Path, world: World) -> str | None:
     return next((found for found in gather_objects(mine, "compare the checksums") if found), None)
 
 
-def read_checkpoint(checkpoint: Path, identity: RunIdentity) -> Resume:
-    """How a run continues a committed checkpoint.
+def read_checkpoint(checkpoint: Path, identity: RunIdentity, folder: RunFolder) -> Resume:
+    """How a run with this folder continues a committed checkpoint.
 
     Raises:
-        UserError: another run's identity, see `RunIdentity.check_same`.
+        UserError: another run's identity, see `RunIdentity.compare`; or as `read_state`.
     """
     state = read_state(checkpoint)
-    return Resume(checkpoint, state["step"], identity.check_same(state["identity"], checkpoint))
+    is_own = checkpoint.resolve().parent == folder.checkpoints.resolve()
+    try:
+        difference = identity.compare(state["identity"], checkpoint)
+    except RecursionError as error:
+        raise UserError(f"{checkpoint / STATE} is nested too deeply; resume from another checkpoint") from error
+    return Resume(checkpoint, state["step"], difference, is_own)
 
 
 def find_checkpoint(
@@ -178,15 +156,18 @@ def find_checkpoint(
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:
-    """state.json of a checkpoint."""
-    return read_json(checkpoint / STATE)
+    """state.json of a checkpoint.
 
-
-def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat = {}
-    for name, value in values.items():
-        if isinstance(value, dict):
-            flat.update(_flatten(value, f"{prefix}{name}."))
-        else:
-            flat[f"{prefix}{name}"] = value
-    return flat
+    Raises:
+        UserError: it cannot be read, or is not what a checkpoint of this step has.
+    """
+    file = checkpoint / STATE
+    try:
+        state = read_json(file)
+        if type(state["step"]) is not int or state["step"] != step_of(checkpoint):
+            raise ValueError(f"step is {state['step']!r:.40}")
+        if not all(isinstance(state[name], dict) for name in ("identity", "router_losses")):
+            raise ValueError("identity and router_losses must be objects")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{file} cannot be used ({one_line(error, 200)}); resume from another checkpoint") from error
+    return state

@@ -1,5 +1,6 @@
 """Everything that a run needs before its first step, in the order in which it is made."""
 
+import filecmp
 from collections import Counter
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -9,16 +10,18 @@ from transformers import PreTrainedTokenizerBase
 from comol_ds.data.batches import TrainBatches
 from comol_ds.data.prepare import PreparedData
 from comol_ds.data.streaming import StreamingBatches
+from comol_ds.errors import UserError
 from comol_ds.parallel import groups
 from comol_ds.parallel.assemble import Assembled, assemble, total_steps
 from comol_ds.parallel.monitor import open_monitor
 from comol_ds.training.checkpoint import CheckpointWriter, load_checkpoint
 from comol_ds.training.describe import answer_lines, batches_line, notes, parameters_line, resume_lines
 from comol_ds.training.evaluation import Evaluation
+from comol_ds.training.identity import RunIdentity, stamp_of_weights
 from comol_ds.training.metrics import Metrics
 from comol_ds.training.plan import RunPlan, load_tokenizer
 from comol_ds.training.preemption import StopRequests
-from comol_ds.training.resume import settle_resume
+from comol_ds.training.resume import read_checkpoint, settle_resume
 from comol_ds.training.router_load import RouterLoad
 from comol_ds.training.router_log import RouterLog
 from comol_ds.training.train_data import train_data
@@ -50,14 +53,22 @@ class Run:
         return self.plan.world.rank == 0
 
 
-def set_up(plan: RunPlan, requests: StopRequests) -> Run:
-    """Data, model, engine and run folder; continues a checkpoint if the plan found one."""
+def set_up(plan: RunPlan, requests: StopRequests) -> Run | None:
+    """Data, model, engine and run folder; continues a checkpoint if the plan found one.
+
+    Returns:
+        None if the run folder holds all that this run would write.
+    """
     config, world = plan.config, plan.world
     say(plan, batches_line(plan), parameters_line(plan), *notes(plan))
     tokenizer = load_tokenizer(config.model.tokenizer_path, config.model.trust_remote_code)
     data, batches = groups.first_on_each_node(world, "prepare the data", lambda: train_data(plan, tokenizer))
     say(plan, data.report.summary(), *answer_lines(plan, data, tokenizer))
+    plan = replace(plan, identity=identify_content(plan, data))
     steps = total_steps(config.optimizer, batches.steps_per_epoch)
+    if is_finished(plan, data, steps):
+        say(plan, *resume_lines(plan, steps), f"the run is finished, its adapter is {plan.folder.adapter}")
+        return None
     assembled = assemble(config, config.model.model_name_or_path, plan.ds_config, steps, config.model.bf16)
     checkpoints = claim_run_folder(plan)
     if config.run.resume_from_checkpoint:
@@ -77,12 +88,51 @@ def set_up(plan: RunPlan, requests: StopRequests) -> Run:
         batches,
         assembled,
         checkpoints,
-        steps,
+        max(steps, plan.start_step),
         router_load,
         Metrics(plan, monitor),
         router_log,
         requests,
     )
+
+
+def identify_content(plan: RunPlan, data: PreparedData) -> RunIdentity:
+    """The plan's identity with stamps of data and weights, compared with the checkpoint's. A collective call.
+
+    Raises:
+        UserError: the ranks have read different records, or the checkpoint's run did; on every rank.
+    """
+    model, stamps = plan.config.model, groups.gather_objects(data.report.stamps, "compare the data")
+    for rank, theirs in enumerate(stamps):
+        for name in (name for name in stamps[0] if theirs.get(name) != stamps[0][name]):
+            raise UserError(
+                f"{name} holds {theirs.get(name)} for rank {rank} and {stamps[0][name]} for rank 0: the nodes have"
+                " other files of this name; give one that all nodes share"
+            )
+    reads_weights = plan.world.rank == 0 and not model.init_random
+    stamp = groups.together(
+        "look at the weights", lambda: stamp_of_weights(model.model_name_or_path) if reads_weights else None
+    )
+    weights = groups.gather_objects(stamp, "tell the weights")[0]
+    identity = replace(plan.identity, data_content=stamps[0], base_weights=weights)
+    if plan.resume is not None:
+        groups.together("compare with the checkpoint", lambda: read_checkpoint(plan.resume.path, identity, plan.folder))
+    return identity
+
+
+def is_finished(plan: RunPlan, data: PreparedData, total_steps: int) -> bool:
+    """Whether a checkpoint of this run's last step has its evaluation and its adapter beside it. A collective call."""
+    if plan.resume is None or not plan.resume.is_own or plan.start_step < total_steps:
+        return False
+
+    def look() -> bool:
+        stored = plan.resume.path / "adapter"
+        names = [path.name for path in stored.iterdir()]
+        same, _, _ = filecmp.cmpfiles(stored, plan.folder.adapter, names, shallow=False)
+        is_evaluated = len(data.validation) == 0 or plan.folder.was_evaluated(plan.start_step)
+        return is_evaluated and sorted(same) == sorted(names)
+
+    return groups.gather_objects(groups.together("look for the results", look), "tell whether all is done")[0]
 
 
 def task_labels(data: PreparedData) -> list[str]:

@@ -18,9 +18,11 @@ from comol_ds.parallel.device import device
 from comol_ds.parallel.training_state import STEP, VALUES
 from comol_ds.parallel.zero_partition import adapter_state_dict, gather_adapter
 from comol_ds.training.checkpoint import CheckpointWriter, load_checkpoint
+from comol_ds.training.identity import RunIdentity
 from comol_ds.training.loop import steps_from
-from comol_ds.training.resume import RunIdentity, find_checkpoint, read_checkpoint
+from comol_ds.training.resume import find_checkpoint, read_checkpoint
 from comol_ds.training.router_load import RouterLoad
+from comol_ds.training.run_folder import RunFolder
 from comol_ds.training.step import train_step
 from tests.distributed.case_runner import build_case
 from tests.distributed.equality_cases import Case
@@ -120,12 +122,13 @@ def train_leg(journey: Journey, layout: Layout, models: str, folder: Path) -> di
     identity = RunIdentity(
         world.size, layout.tensor_parallel, stage, False, GLOBAL_BATCH, MICRO, SEED, journey.optim, models, {}, {}
     )
-    writer = CheckpointWriter(folder / "checkpoints", folder / "generations", identity, world, None, 60)
-    checkpoint, _ = find_checkpoint("latest", folder / "checkpoints")
+    run_folder = RunFolder(str(folder))
+    writer = CheckpointWriter(run_folder.checkpoints, run_folder.generations, identity, world, None, 60)
+    checkpoint, _ = find_checkpoint("latest", run_folder.checkpoints)
     start, stop = 0, CHANGE
     if checkpoint is not None:
-        resume = read_checkpoint(checkpoint, identity)
-        assert resume.moved, "this test is about the other route"
+        resume = read_checkpoint(checkpoint, identity, run_folder)
+        assert resume.difference.moved, "this test is about the other route"
         load_checkpoint(assembled, resume, identity, world)
         assert_holds_what_is_stored(engine, resume.path)
         start, stop = resume.step, STEPS

@@ -14,22 +14,24 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from comol_ds.parallel import groups
 from comol_ds.parallel.zero_partition import gather_adapter
 from comol_ds.training.checkpoint import CheckpointWriter, load_checkpoint
-from comol_ds.training.resume import RunIdentity, read_checkpoint
+from comol_ds.training.identity import RunIdentity
+from comol_ds.training.resume import read_checkpoint
 from comol_ds.training.router_load import RouterLoad
+from comol_ds.training.run_folder import RunFolder
 from tests.distributed.case_runner import build_case, run_steps
 from tests.distributed.equality_cases import RESUME_CASES, TP_RESUME_CASES, Case
 from tests.distributed.stored_state import assert_holds_what_is_stored
 
 
-def train(case: Case, models: str, world: groups.World, checkpoints: Path, steps: range) -> dict:
+def train(case: Case, models: str, world: groups.World, folder: RunFolder, steps: range) -> dict:
     """Steps of a case; those that do not start at 0 start from the checkpoint at their first one."""
     assembled = build_case(case, models)
     engine = assembled.engine
     identity = RunIdentity(world.size, case.tensor_parallel, 0, False, 8, 4, 7, case.optim, models, {}, {})
-    writer = CheckpointWriter(checkpoints, checkpoints.parent / "generations", identity, world, None, 60)
+    writer = CheckpointWriter(folder.checkpoints, folder.generations, identity, world, None, 60)
     if steps.start:
-        resume = read_checkpoint(checkpoints / f"step_{steps.start}", identity)
-        assert not resume.moved
+        resume = read_checkpoint(folder.checkpoints / f"step_{steps.start}", identity, folder)
+        assert resume.is_native
         load_checkpoint(assembled, resume, identity, world)
         assert_holds_what_is_stored(engine, resume.path)
     results = [astuple(result) for result in run_steps(assembled, case, RouterLoad(engine.module), steps)]
@@ -47,8 +49,8 @@ def main() -> None:
     for case in TP_RESUME_CASES if world.size == 4 else RESUME_CASES:
         groups.arrange(case.tensor_parallel)
         half = case.steps // 2
-        through = train(case, models, world, Path(output) / f"{case.name}-through", range(case.steps))
-        halves = Path(output) / f"{case.name}-halves"
+        through = train(case, models, world, RunFolder(f"{output}/{case.name}-through"), range(case.steps))
+        halves = RunFolder(f"{output}/{case.name}-halves")
         train(case, models, world, halves, range(half))
         resumed = train(case, models, world, halves, range(half, case.steps))
         if world.rank == 0:

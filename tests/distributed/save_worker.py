@@ -16,7 +16,7 @@ from comol_ds.parallel import groups
 from comol_ds.training import checkpoint
 from comol_ds.training.checkpoint import CheckpointWriter
 from comol_ds.training.generation import claim_generation
-from comol_ds.training.resume import RunIdentity
+from comol_ds.training.identity import RunIdentity
 
 IDENTITY = RunIdentity(2, 1, 3, False, 8, 4, 7, "sgd", "m", {}, {})
 WAIT_SECONDS = 4

@@ -1,6 +1,6 @@
 """Settings to the adapter's configuration, the precision, the parameter counts and the run's identity."""
 
-from dataclasses import replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 
 import pytest
@@ -9,6 +9,7 @@ from deepspeed.accelerator import get_accelerator
 from transformers import AutoModelForCausalLM
 
 from comol_ds.config import (
+    GROUPS,
     AdapterSettings,
     DataSettings,
     ModelSettings,
@@ -23,6 +24,7 @@ from comol_ds.parallel.assemble import attach_adapter, comol_config
 from comol_ds.parallel.groups import World
 from comol_ds.parallel.zero_partition import count_parameters
 from comol_ds.training.describe import batches_line
+from comol_ds.training.identity import FROM_HERE_ON, LAYOUT, OF_ONE_START, SAME_RUN, Difference, identify
 from comol_ds.training.plan import (
     check_schedule,
     decide_bf16,
@@ -161,13 +163,45 @@ def test_consecutive_ranks_on_different_nodes_must_be_asked_for(config):
 def test_identity_names_the_first_difference(config, tmp_path):
     identity = plan_run(config, World(0, 2, 0)).identity
     stored = {**vars(identity), "adapter": dict(identity.adapter)}
-    identity.check_same(stored, tmp_path)
+    assert identity.compare(stored, tmp_path) == Difference()
     other = replace(config, adapter=replace(config.adapter, r=8))
     with pytest.raises(UserError, match=r"was written with adapter.r = 4, this run has 8; resume with the same"):
-        plan_run(other, World(0, 2, 0)).identity.check_same(stored, tmp_path)
-    del stored["optim"]
-    with pytest.raises(UserError, match=r"optim = None, this run has adamw_torch"):
-        identity.check_same(stored, tmp_path)
+        plan_run(other, World(0, 2, 0)).identity.compare(stored, tmp_path)
+
+
+def resolved(config: RunConfig, /, **changes) -> RunConfig:
+    """As a plan makes it, with other values of some settings."""
+    config = replace(config, model=replace(config.model, bf16=False))
+    for group in fields(RunConfig):
+        mine = {name: value for name, value in changes.items() if hasattr(getattr(config, group.name), name)}
+        config = replace(config, **{group.name: replace(getattr(config, group.name), **mine)})
+    return config
+
+
+SETTINGS = [setting.name for group in GROUPS for setting in fields(group)]
+
+
+def test_every_setting_is_said_to_belong_to_the_run_or_not():
+    """A new one stands in exactly one of the lists of comol_ds/training/identity.py."""
+    lists = (SAME_RUN, LAYOUT, FROM_HERE_ON, OF_ONE_START)
+    assert {name: sum(name in names for names in lists) for name in SETTINGS} == dict.fromkeys(SETTINGS, 1)
+    assert {name for names in lists for name in names} == set(SETTINGS)
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_another_value_of_a_setting_is_refused_or_moves_or_counts_from_here_on(name, config, tmp_path):
+    ds_config = {"zero_optimization": {"stage": 3}, "train_batch_size": 8}
+    config = resolved(config, global_batch_size=8, tensor_parallel_size=1)
+    stored = asdict(identify(config, World(0, 2, 0), ds_config))
+    identity = identify(resolved(config, **{name: "another"}), World(0, 2, 0), ds_config)
+    if name in SAME_RUN:
+        with pytest.raises(UserError, match=r"this run has .*(another|random weights)"):
+            identity.compare(stored, tmp_path)
+        return
+    found = identity.compare(stored, tmp_path)
+    assert len(found.moved) == (name in LAYOUT)
+    assert [change.split()[0] for change in found.changed] == [name] * (name in FROM_HERE_ON)
+    assert found.unknown == []
 
 
 @pytest.mark.parametrize(("asked", "supported", "expected"), [(None, False, False), (False, True, False)])

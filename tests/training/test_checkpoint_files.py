@@ -9,13 +9,19 @@ import pytest
 from comol_ds.checkpoint_names import MARKER
 from comol_ds.errors import UserError
 from comol_ds.training.commit import fault_of, remove_leftovers
-from comol_ds.training.resume import RunIdentity, find_checkpoint, read_checkpoint
+from comol_ds.training.identity import RunIdentity
+from comol_ds.training.resume import Resume, find_checkpoint, read_checkpoint
+from comol_ds.training.run_folder import RunFolder
 from tests.committed_files import claimed, commit_files
 
 IDENTITY = {
     "world_size": 2, "tensor_parallel": 1, "zero_stage": 3, "bf16": False, "global_batch": 8, "micro_batch": 4,
     "seed": 1, "optim": "adamw_torch", "model": "m", "data": {"dataset": ["d"]}, "adapter": {"r": 4},
+    "router_losses": {}, "tp_plan": None, "deepspeed": {"zero_optimization": {"sub_group_size": 100}},
+    "settings": {"learning_rate": 1e-3, "max_steps": 9},
 }  # fmt: skip
+# of the run that wrote it; another one learns its own when it has prepared its data
+CONTENT = {"data_content": {"dataset 'd'": "3 records, ab"}, "base_weights": "9 bytes, ff"}
 
 
 @pytest.fixture(autouse=True)
@@ -30,7 +36,7 @@ def commit(folder: Path, *steps: int, keep: int | None = None) -> list[Path]:
             folder,
             step,
             {
-                "state.json": json.dumps({"step": step, "identity": IDENTITY}),
+                "state.json": json.dumps({"step": step, "identity": IDENTITY | CONTENT, "router_losses": {}}),
                 "rng_rank0.pt": "r" * 40,
                 "deepspeed/optimizer.pt": "o" * 100,
             },
@@ -38,6 +44,11 @@ def commit(folder: Path, *steps: int, keep: int | None = None) -> list[Path]:
         )
         for step in steps
     ]
+
+
+def read(checkpoint: Path, **changes) -> Resume:
+    """As a run with these changes would continue a checkpoint of its own folder."""
+    return read_checkpoint(checkpoint, RunIdentity(**IDENTITY | changes), RunFolder(str(checkpoint.parents[1])))
 
 
 def uncommitted(folder: Path, step: int) -> Path:
@@ -117,9 +128,9 @@ def test_a_path_that_is_no_checkpoint(tmp_path):
 
 
 def test_the_same_layout_continues_from_deepspeeds_own_files(tmp_path):
-    (target,) = commit(tmp_path, 7)
-    resume = read_checkpoint(target, RunIdentity(**IDENTITY))
-    assert (resume.path, resume.step, resume.moved) == (target, 7, [])
+    (target,) = commit(tmp_path / "checkpoints", 7)
+    resume = read(target)
+    assert (resume.path, resume.step, resume.difference.moved) == (target, 7, [])
     assert resume.route == "by DeepSpeed's own files (same layout)"
 
 
@@ -131,12 +142,21 @@ def test_the_same_layout_continues_from_deepspeeds_own_files(tmp_path):
         ({"zero_stage": 2}, "zero_stage 3 -> 2"),
         ({"micro_batch": 1}, "micro_batch 4 -> 1"),
         ({"world_size": 4, "tensor_parallel": 2}, "world_size 2 -> 4, tensor_parallel 1 -> 2"),
+        ({"tp_plan": "plan.json"}, "tp_plan None -> plan.json"),
+        (
+            {"deepspeed": {"zero_optimization": {"sub_group_size": 10}}},
+            "deepspeed.zero_optimization.sub_group_size 100 -> 10",
+        ),
+        (
+            {"deepspeed": {"zero_optimization": {}}},
+            "deepspeed.zero_optimization.sub_group_size 100 -> None",
+        ),
     ],
     ids=str,
 )
 def test_another_layout_continues_from_the_canonical_state(changes, moved, tmp_path):
-    (target,) = commit(tmp_path, 7)
-    resume = read_checkpoint(target, RunIdentity(**IDENTITY | changes))
+    (target,) = commit(tmp_path / "checkpoints", 7)
+    resume = read(target, **changes)
     assert resume.route == f"by the canonical state (another layout: {moved}; dropout draws new masks)"
 
 
@@ -155,13 +175,102 @@ def test_another_layout_continues_from_the_canonical_state(changes, moved, tmp_p
     ids=str,
 )
 def test_another_run_is_refused(changes, difference, tmp_path):
-    (target,) = commit(tmp_path, 7)
+    (target,) = commit(tmp_path / "checkpoints", 7)
     with pytest.raises(UserError) as error:
-        read_checkpoint(target, RunIdentity(**IDENTITY | changes))
+        read(target, **changes)
     assert str(error.value) == (
         f"checkpoint {target} was written with {difference};"
         " resume with the same setting or choose another --output_dir"
     )
+
+
+@pytest.mark.parametrize(
+    ("changes", "difference"),
+    [
+        (
+            {"data_content": {"dataset 'd'": "3 records, cd"}},
+            "data_content.dataset 'd' = 3 records, ab, this run has 3",
+        ),
+        ({"base_weights": "9 bytes, ee"}, "base_weights = 9 bytes, ff, this run has 9 bytes, ee"),
+    ],
+)
+def test_other_content_under_the_same_name_is_refused(changes, difference, tmp_path):
+    (target,) = commit(tmp_path / "checkpoints", 7)
+    with pytest.raises(UserError) as error:
+        read(target, **changes)
+    assert f"was written with {difference}" in str(error.value)
+    assert "; the content has changed under the same name: restore it or choose another --output_dir" in str(
+        error.value
+    )
+    same = {"data_content": {"dataset 'd'": "3 records, ab"}, "base_weights": "9 bytes, ff"}
+    assert read(target, **same).route == "by DeepSpeed's own files (same layout)"
+
+
+def test_a_setting_that_may_change_is_said(tmp_path):
+    (target,) = commit(tmp_path / "checkpoints", 7)
+    resume = read(
+        target, settings={"learning_rate": 1e-4, "max_steps": 9},
+        deepspeed={"zero_optimization": {"sub_group_size": 100}, "communication_data_type": "fp32"},
+    )  # fmt: skip
+    assert resume.difference.changed == [
+        "deepspeed.communication_data_type None -> fp32",
+        "learning_rate 0.001 -> 0.0001",
+    ]
+    assert resume.is_native
+
+
+def test_what_an_older_checkpoint_does_not_say_is_not_compared(tmp_path):
+    older = {name: value for name, value in IDENTITY.items() if name not in ("tp_plan", "deepspeed", "settings")}
+    del older["router_losses"]
+    state = {"step": 7, "identity": older | {"data_content": None}, "router_losses": {}}
+    target = commit_files(tmp_path / "checkpoints", 7, {"state.json": json.dumps(state)})
+    content = {"data": {"dataset": ["d"], "streaming": False}, "data_content": {"dataset 'd'": "3 records, ab"}}
+    resume = read(target, **content)
+    assert resume.is_native
+    assert resume.difference.unknown == [
+        "data.streaming", "router_losses", "tp_plan", "deepspeed", "settings", "data_content"
+    ]  # fmt: skip
+
+
+def test_a_checkpoint_of_another_folder_continues_from_its_tensors_alone(tmp_path):
+    """Also where a link makes it look like one of this run."""
+    (target,) = commit(tmp_path / "theirs" / "checkpoints", 7)
+    folder = RunFolder(str(tmp_path / "mine"))
+    folder.checkpoints.mkdir(parents=True)
+    (folder.checkpoints / "step_7").symlink_to(target)
+    for path in (target, folder.checkpoints / "step_7"):
+        resume = read_checkpoint(path, RunIdentity(**IDENTITY), folder)
+        assert not resume.is_native
+        assert resume.route == "by the canonical state (another run's folder; dropout draws new masks)"
+
+
+def test_a_run_folder_on_another_disk_is_its_own(tmp_path):
+    (target,) = commit(tmp_path / "disk", 7)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "checkpoints").symlink_to(tmp_path / "disk")
+    resume = read_checkpoint(target, RunIdentity(**IDENTITY), RunFolder(str(tmp_path / "mine")))
+    assert resume.is_native
+
+
+@pytest.mark.parametrize(
+    ("content", "fault"),
+    [
+        ("{", "Expecting property name"),
+        ("[]", "list indices must be integers"),
+        ("[" * 100_000, "nested too deeply"),
+        ('{"step": 7, "router_losses": {}, "identity": ' + '{"a":' * 990 + "1" + "}" * 990 + "}", ""),
+        ('{"step": 8, "identity": {}, "router_losses": {}}', "step is 8"),
+        ('{"step": true, "identity": {}, "router_losses": {}}', "step is True"),
+        ('{"step": 7, "identity": [], "router_losses": {}}', "identity and router_losses must be objects"),
+        ('{"identity": {}, "router_losses": {}}', "'step'"),
+    ],
+    ids=range(8),
+)
+def test_a_state_that_is_none_is_one_line(content, fault, tmp_path):
+    target = commit_files(tmp_path / "checkpoints", 7, {"state.json": content})
+    with pytest.raises(UserError) as error:
+        read(target, adapter={"a": {"a": 1}})
+    assert fault in str(error.value) and "\n" not in str(error.value) and len(str(error.value)) < 1000
 
 
 def test_the_limit_keeps_the_newest(tmp_path):
