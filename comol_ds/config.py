@@ -76,7 +76,9 @@ class AdapterSettings:
         "input", "Dropout on the input only, or in the paper's three places (slower: one r x r core per token)."
     )
     target_modules: list[str] = option(
-        DEFAULT_TARGETS, "Names of the Linear modules to adapt, or all-linear, or one regular expression."
+        DEFAULT_TARGETS,
+        "Names of the Linear modules to adapt, or all-linear: of the text model, unless a whole name or one regular"
+        " expression says so.",
     )
     modules_to_save: list[str] | None = option(None, "Further modules trained whole and saved with the adapter.")
     adapter_name_or_path: str | None = option(

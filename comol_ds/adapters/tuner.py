@@ -1,5 +1,6 @@
 """CoMoL as a PEFT tuner: finds the target Linears of a model and wraps them."""
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any, ClassVar
@@ -14,6 +15,7 @@ from comol_ds.adapters.comol_layer import NO_MERGE, CoMoLLinear
 from comol_ds.adapters.config import CoMoLConfig
 from comol_ds.adapters.expressions import check_matching_ends
 from comol_ds.adapters.mixed_batch import mixed_batch, rows_per_input
+from comol_ds.adapters.text_model import beside_text
 from comol_ds.errors import UserError
 
 ATTENTION_AND_DOWN = ("q_proj", "k_proj", "v_proj", "o_proj", "down_proj")
@@ -25,7 +27,11 @@ DEFAULT_TARGET_MODULES: dict[str, tuple[str, ...] | str] = {
 
 
 class CoMoLModel(BaseTuner):
-    """The tuner that `peft.get_peft_model` builds for a CoMoLConfig. Adapters are initialized in module order."""
+    """The tuner that `peft.get_peft_model` builds for a CoMoLConfig. Adapters are initialized in module order.
+
+    Attributes:
+        left_beside_text: modules that match the targets and were not adapted, because no token passes through them.
+    """
 
     prefix: str = "comol_"
     tuner_layer_cls = CoMoLLinear
@@ -34,11 +40,15 @@ class CoMoLModel(BaseTuner):
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Wrap the target Linears of `model`.
 
+        Names that end like several modules, the defaults and "all-linear" mean those of the text model; what lies
+        beside it, such as a vision tower, is adapted where a whole name or a regular expression says so.
+
         Raises:
             UserError: no module matches (the endings of the Linears that exist are listed), a match is no Linear, or
                 matching an expression takes too long.
         """
         check_matching_ends(self.peft_config[adapter_name], (name for name, _ in model.named_modules()))
+        self.left_beside_text, self._beside_text = [], _beside_text(model, self.peft_config[adapter_name])
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
         except NoMatchingPeftModuleError as error:
@@ -56,6 +66,13 @@ class CoMoLModel(BaseTuner):
                 f"its Linear modules end in: {', '.join(linear_suffixes(self.model)) or 'none'}"
             )
         return super()._prepare_adapter_config(peft_config, model_config)
+
+    def _check_target_module_exists(self, peft_config: CoMoLConfig, key: str) -> bool | re.Match[str] | None:
+        matches = super()._check_target_module_exists(peft_config, key)
+        if matches and key in self._beside_text:
+            self.left_beside_text.append(key)
+            return False
+        return matches
 
     def _create_and_replace(
         self,
@@ -128,6 +145,14 @@ def linear_suffixes(model: nn.Module) -> list[str]:
     """Last name parts of the model's Linears, sorted: what target_modules can name."""
     linears = (name for name, module in model.named_modules() if isinstance(module, nn.Linear | CoMoLLinear))
     return sorted({name.removesuffix(".base_layer").rpartition(".")[2] for name in linears})
+
+
+def _beside_text(model: nn.Module, config: CoMoLConfig) -> set[str]:
+    """What stays without adapters though it matches: modules beside the text model, unless the targets mean them."""
+    targets = config.target_modules
+    if isinstance(targets, str):
+        return beside_text(model) if targets.lower() == "all-linear" else set()
+    return beside_text(model) - set(targets or ())
 
 
 def _cast_adapter(layer: CoMoLLinear, adapter_name: str, dtype: torch.dtype | None) -> None:

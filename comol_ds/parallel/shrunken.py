@@ -17,6 +17,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
+from comol_ds.adapters.text_model import text_model
 from comol_ds.base_config import has_own_code
 from comol_ds.errors import one_line
 
@@ -34,6 +35,7 @@ _HIDDEN = 64  # the copy's least hidden size
 _HEAD = 8  # the size of its heads, of which rotary embeddings may turn a quarter
 _LARGEST = 96 * 2**20  # parameters, of 4 bytes
 _SHORT_WINDOW = 4
+_CHUNK = 8  # tokens that a state space computes at once; it pads to whole chunks
 
 
 class NotShrinkable(Exception):
@@ -85,15 +87,6 @@ def logits_of(model: PreTrainedModel, **inputs: torch.Tensor) -> torch.Tensor:
         return model(**{"use_cache": False, **inputs}).logits
 
 
-def text_model(model: PreTrainedModel) -> nn.Module:
-    """The part of a model that tokens pass through, without its head; the model itself where it has no other part."""
-    settings = model.config.get_text_config()
-    if settings is model.config or model.config.is_encoder_decoder:
-        return model
-    parts = (module for module in model.modules() if isinstance(module, PreTrainedModel) and module is not model)
-    return next((part for part in parts if type(part.config) is type(settings)), model)
-
-
 def without_numbers(name: str) -> str:
     """What the names of the same module in all layers share: model.layers.3.mlp -> model.layers.*.mlp."""
     return ".".join("*" if part.isdigit() else part for part in name.split("."))
@@ -128,6 +121,8 @@ def _shrunken_config(config: PreTrainedConfig, factor: int, max_length: int) -> 
                     _shrink_sections(value, factor)
             elif "vocab_size" in name:
                 setattr(part, name, min(value, VOCABULARY))
+            elif name.endswith("chunk_size") and not _WINDOW.search(name):
+                setattr(part, name, min(value, _CHUNK))
             elif _WINDOW.search(name) and 0 < value < max_length:
                 setattr(part, name, min(value, _SHORT_WINDOW))
             elif in_text and _WIDTH.search(name) and not _NO_WIDTH.search(name):

@@ -44,7 +44,7 @@ def describe_run(plan: RunPlan) -> str:
             "# sizes",
             batches_line(plan),
             parameters_line(plan),
-            *notes(plan),
+            *plan.notes,
             data.report.summary(),
             *answer_lines(plan, data, tokenizer),
             "# memory and communication",
@@ -64,11 +64,6 @@ def check_weights(settings: ModelSettings) -> None:
     path = settings.model_name_or_path
     if Path(path).is_dir() and not settings.init_random:
         find_weights(build_skeleton(settings, path, settings.bf16), open_weights(path))
-
-
-def notes(plan: RunPlan) -> list[str]:
-    """What is to be said of the base."""
-    return [] if plan.note is None else [plan.note]
 
 
 def batches_line(plan: RunPlan) -> str:

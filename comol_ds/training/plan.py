@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftModel
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -15,6 +16,7 @@ from comol_ds.ds_config import load_ds_json
 from comol_ds.errors import UserError
 from comol_ds.layout import BatchLayout, RankGrid
 from comol_ds.parallel.activations import check_activations
+from comol_ds.parallel.adapter_check import check_adapters_work
 from comol_ds.parallel.assemble import attach_adapter, build_schedule, read_training_config
 from comol_ds.parallel.device import prefers_bf16, supports_bf16
 from comol_ds.parallel.groups import World
@@ -37,7 +39,7 @@ class RunPlan:
 
     Attributes:
         embedding_rows: where tokens of the data may lie beyond them, else None.
-        note: what is to be said of the base.
+        notes: what is to be said of the base.
     """
 
     config: RunConfig
@@ -52,7 +54,7 @@ class RunPlan:
     all_parameters: int
     identity: RunIdentity
     embedding_rows: int | None
-    note: str | None
+    notes: list[str]
 
     @property
     def start_step(self) -> int:
@@ -79,11 +81,13 @@ def plan_run(config: RunConfig, world: World) -> RunPlan:
     model = preview_model(config.model)
     check_tensor_parallel(model, config)
     check_packing(model.config, config)
-    note = check_positions(model.config, config)
+    notes = [check_positions(model.config, config)]
     tokenizer = load_tokenizer(config.model.tokenizer_path, config.model.trust_remote_code)
     embedding_rows = check_tokenizer(model, tokenizer, config)
     check_activations(model, config.model, grid.tensor_parallel)
-    trainable, everything = preview_parameters(model, config)
+    adapted = preview_adapter(model, config)
+    notes.append(beside_text_note(adapted))
+    trainable, everything = count_parameters(adapted)
     identity = identify(config, world, ds_config)
     folder = RunFolder(config.run.output_dir)
     folder.check_writable()
@@ -105,7 +109,7 @@ def plan_run(config: RunConfig, world: World) -> RunPlan:
         everything,
         identity,
         embedding_rows,
-        note,
+        [note for note in notes if note is not None],
     )
 
 
@@ -187,19 +191,31 @@ def check_tensor_parallel(model: PreTrainedModel, config: RunConfig) -> None:
             prove_placement(model, placement, tensor_parallel, attention, config.parallel.tp_plan)
 
 
-def preview_parameters(model: PreTrainedModel, config: RunConfig) -> tuple[int, int]:
-    """(trainable, all) parameters of the model with its adapter, which is attached here.
+def preview_adapter(model: PreTrainedModel, config: RunConfig) -> PeftModel:
+    """The model with its adapter, which is attached here, as training would have it.
 
     Raises:
-        UserError: target modules or modules to save that match nothing in the model, an adapter to start from that
-            does not fit.
+        UserError: target modules or modules to save that match nothing in the model, adapters that would do nothing,
+            an adapter to start from that does not fit.
     """
     _check_modules_to_save(model, config.adapter.modules_to_save)
     with torch.device("meta"):
         adapted = attach_adapter(model, config.adapter, config.run.seed)
     if config.adapter.adapter_name_or_path is not None:
         check_start_adapter(adapted, config.adapter)
-    return count_parameters(adapted)
+    check_adapters_work(adapted, config.adapter, config.model.attn_implementation)
+    return adapted
+
+
+def beside_text_note(adapted: PeftModel) -> str | None:
+    """What is to be said where modules match the targets that no token passes through."""
+    left = adapted.base_model.left_beside_text
+    if not left:
+        return None
+    return (
+        f"note: {len(left)} modules beside the text model match --target_modules and get no adapter, because no token"
+        f" passes through them; the first is {left[0]}"
+    )
 
 
 def _check_modules_to_save(model: torch.nn.Module, names: list[str] | None) -> None:

@@ -15,7 +15,7 @@ from comol_ds.parallel import groups
 from comol_ds.parallel.assemble import Assembled, assemble, total_steps
 from comol_ds.parallel.monitor import open_monitor
 from comol_ds.training.checkpoint import CheckpointWriter, load_checkpoint
-from comol_ds.training.describe import answer_lines, batches_line, notes, parameters_line, resume_lines
+from comol_ds.training.describe import answer_lines, batches_line, parameters_line, resume_lines
 from comol_ds.training.evaluation import Evaluation
 from comol_ds.training.identity import RunIdentity, stamp_of_weights
 from comol_ds.training.metrics import Metrics
@@ -60,7 +60,7 @@ def set_up(plan: RunPlan, requests: StopRequests) -> Run | None:
         None if the run folder holds all that this run would write.
     """
     config, world = plan.config, plan.world
-    say(plan, batches_line(plan), parameters_line(plan), *notes(plan))
+    say(plan, batches_line(plan), parameters_line(plan), *plan.notes)
     tokenizer = load_tokenizer(config.model.tokenizer_path, config.model.trust_remote_code)
     data, batches = groups.first_on_each_node(world, "prepare the data", lambda: train_data(plan, tokenizer))
     say(plan, data.report.summary(), *answer_lines(plan, data, tokenizer))

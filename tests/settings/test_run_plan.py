@@ -30,8 +30,8 @@ from comol_ds.training.plan import (
     decide_bf16,
     load_tokenizer,
     plan_run,
+    preview_adapter,
     preview_model,
-    preview_parameters,
 )
 from tests.data.data_helpers import tiny_tokenizer
 from tests.tiny_models import FAMILIES, save_tiny_model
@@ -100,7 +100,7 @@ def test_other_adapter_settings_reach_the_peft_configuration():
 def test_preview_counts_what_training_would(config):
     base = AutoModelForCausalLM.from_pretrained(config.model.model_name_or_path)
     adapted = attach_adapter(base, config.adapter, seed=0)
-    preview = preview_parameters(preview_model(config.model), config)
+    preview = count_parameters(preview_adapter(preview_model(config.model), config))
     assert preview == count_parameters(adapted) == adapted.get_nb_trainable_parameters()
 
 

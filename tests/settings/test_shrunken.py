@@ -12,7 +12,8 @@ from transformers import (
     Qwen3NextConfig,
 )
 
-from comol_ds.parallel.shrunken import NotShrinkable, logits_of, shrunken_copy, text_model
+from comol_ds.adapters.text_model import text_model
+from comol_ds.parallel.shrunken import NotShrinkable, logits_of, shrunken_copy
 
 LLAMA_8B = LlamaConfig(
     vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
