@@ -16,14 +16,16 @@ from tests.tiny_models import make_adapter_act, save_tiny_model
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "down_proj"]
 
 
-def save_trained_adapter(folder: Path, base: Path, seed: int = 3, **changes) -> PeftModel:
+def save_trained_adapter(
+    folder: Path, base: Path, seed: int = 3, tokenizer: dict[str, bytes] | None = None, **changes
+) -> PeftModel:
     """Write the adapter folder; returns the model whose adapter it is, in evaluation mode."""
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_pretrained(base)
     values = {"r": 4, "lora_alpha": 8, "num_experts": 3, "target_modules": TARGETS, "task_type": "CAUSAL_LM"} | changes
     adapted = get_peft_model(model, CoMoLConfig(**values)).eval()
     make_adapter_act(adapted)
-    write_adapter(get_peft_model_state_dict(adapted), adapted.peft_config["default"], folder)
+    write_adapter(get_peft_model_state_dict(adapted), adapted.peft_config["default"], folder, tokenizer)
     return adapted
 
 

@@ -3,11 +3,13 @@
 adapter_config.json: the configuration, with peft_type COMOL.
 adapter_model.safetensors: base_model.model.<module>.comol_A, .comol_B, .comol_cores and .comol_router for every adapted
 module, whole and without an adapter's name, and the tensors of modules_to_save beside them.
+tokenizer.json and its like: the tokenizer that the adapter was trained with, where it is known (`kept_tokenizer`).
 """
 
 import json
 import os
 from collections import defaultdict
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,7 @@ from safetensors.torch import load_file
 from comol_ds.adapters.comol_layer import KEY_PREFIX, comol_table
 from comol_ds.adapters.config import CoMoLConfig
 from comol_ds.adapters.expressions import check_matching_ends
+from comol_ds.adapters.kept_tokenizer import write_tokenizer_files
 from comol_ds.adapters.table import infer_sizes, parameter_names
 from comol_ds.errors import UserError, one_line, shown
 from comol_ds.files import hidden_beside, remove_or_warn, sync, write_new
@@ -32,16 +35,22 @@ TENSOR_FILE = "adapter_model.safetensors"
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
-def write_adapter(tensors: dict[str, torch.Tensor], config: CoMoLConfig, folder: str | os.PathLike) -> None:
+def write_adapter(
+    tensors: dict[str, torch.Tensor],
+    config: CoMoLConfig,
+    folder: str | os.PathLike,
+    tokenizer: Mapping[str, bytes] | None = None,
+) -> None:
     """Write a verified adapter folder and read it back.
 
     Both files are written and verified in a hidden folder beside `folder`, which is then renamed to it. Where `folder`
-    exists, the two files are replaced one after the other and everything else in it is left alone.
+    exists, the files are replaced one after the other and everything else in it is left alone.
 
     Args:
         tensors: whole tensors under their keys in the folder, e.g. from peft.get_peft_model_state_dict.
         config: the adapter's configuration with resolved target_modules, as a PEFT model holds it after attaching.
         folder: where to write; its parents are created.
+        tokenizer: files of the tokenizer that the adapter was trained with, see `kept_tokenizer.tokenizer_files`.
 
     Raises:
         UserError: the tensors do not fit the configuration, are empty or not finite. Nothing is written then.
@@ -59,10 +68,12 @@ def write_adapter(tensors: dict[str, torch.Tensor], config: CoMoLConfig, folder:
             sync(staging / name)
         _check_same(read_adapter(staging)[1], whole)
         if folder.exists():
+            write_tokenizer_files(tokenizer or {}, folder)
             for name in (TENSOR_FILE, CONFIG_FILE):
                 os.replace(staging / name, folder / name)
             sync(folder)
         else:
+            write_tokenizer_files(tokenizer or {}, staging)
             sync(staging)
             os.replace(staging, folder)
         sync(folder.parent)

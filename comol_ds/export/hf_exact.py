@@ -29,6 +29,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from comol_ds.adapters.adapter_folder import split_tensors
 from comol_ds.adapters.config import CoMoLConfig
+from comol_ds.adapters.kept_tokenizer import tokenizer_paths
 from comol_ds.errors import UserError, one_line
 from comol_ds.export.hf_exact_check import check_checkpoint
 from comol_ds.export.source import weights_in
@@ -44,10 +45,6 @@ CODE_FILE = "modeling_comol.py"
 ADAPTER_FILE = "comol_adapter.safetensors"
 # transformers prefers a file named model.safetensors to the index.
 SINGLE_FILE_AS = "base_model.safetensors"
-_TOKENIZER_FILES = (
-    "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model", "*.tiktoken",
-    "chat_template*",
-)  # fmt: skip
 _BASE_FILES = ("generation_config.json", "LICENSE*", "NOTICE*", "USE_POLICY*")
 _ADAPTED_MODULE = re.compile(r"model\.layers\.(\d+)\.(.+)")
 _SAVED = "comol_saved."  # as in hf_exact_model.py
@@ -130,12 +127,13 @@ def write_hf_exact(
         save_tensors(adapter.tensors, folder / ADAPTER_FILE)
         _write_index(folder)
         for name, path in others.items():
+            (folder / name).parent.mkdir(exist_ok=True)
             copy_new(path, folder / name)  # no link: these are files that people edit
         _write_json(folder / "config.json", settings | _adapter_settings(settings, config, adapter))
         write_new(folder / CODE_FILE, modelling_code(settings["model_type"]))
         check_checkpoint(folder, CODE_FILE, base)
         adapter_bytes = (folder / ADAPTER_FILE).stat().st_size
-        for path in folder.iterdir():
+        for path in folder.rglob("*"):
             sync(path)
     return HfExactReport(sum(map(len, adapter.modules.values())), adapter_bytes, linked, copied)
 
@@ -274,10 +272,11 @@ def _write_index(folder: Path) -> None:
 
 
 def _other_files(base: Path, tokenizer: Path, files: TensorFiles) -> dict[str, Path]:
-    """Name -> file of what is copied beside the weights; the tokenizer's folder is right about its own files."""
-    wanted = ((base, _BASE_FILES), (tokenizer, _TOKENIZER_FILES))
-    found = [path for folder, patterns in wanted for pattern in patterns for path in sorted(folder.glob(pattern))]
-    return {path.name: path for path in found if path.is_file() and path not in files.by_file}
+    """Path in the folder -> file of what is copied beside the weights; the tokenizer's folder is right about its own
+    files."""
+    found = {path.name: path for pattern in _BASE_FILES for path in sorted(base.glob(pattern)) if path.is_file()}
+    found |= {str(path.relative_to(tokenizer)): path for path in tokenizer_paths(tokenizer)}
+    return {name: path for name, path in found.items() if path not in files.by_file}
 
 
 def _write_json(path: Path, values: dict[str, Any]) -> None:

@@ -12,6 +12,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from comol_ds.adapters.adapter_folder import CONFIG_FILE, TENSOR_FILE, read_adapter
 from comol_ds.adapters.config import CoMoLConfig
+from comol_ds.adapters.kept_tokenizer import has_tokenizer
 from comol_ds.checkpoint_names import MARKER, by_step
 from comol_ds.errors import UserError, one_line, shown
 from comol_ds.tensor_files import TensorFiles
@@ -50,7 +51,10 @@ class AdapterSource:
 
     @property
     def tokenizer(self) -> str:
-        """Where the tokenizer is read from: the run's --tokenizer_name, else the base."""
+        """Where the tokenizer is read from: the adapter's folder if it lies there, the run's --tokenizer_name, or the
+        base."""
+        if has_tokenizer(self.folder):
+            return str(self.folder)
         return (self.run or {}).get("tokenizer_name") or self.base
 
 

@@ -84,7 +84,7 @@ def write_static_merge(source: AdapterSource, folder: Path, options: Approximati
     """
     model, found = _calibrate(source, options)
     merged = _merge(source, found.cores[options.core], folder, options)
-    if source.tokenizer != source.base:
+    if source.tokenizer not in (source.base, str(source.folder)):
         load_tokenizer(source).save_pretrained(folder)
     with tempfile.TemporaryDirectory(dir=folder.parent) as records:
         exact = recorded(logits_of(model), records)

@@ -10,6 +10,7 @@ import torch
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
+from comol_ds.adapters.kept_tokenizer import has_tokenizer
 from comol_ds.config import DataSettings
 from comol_ds.data.batches import EvalBatches
 from comol_ds.data.prepare import validation_records
@@ -75,6 +76,8 @@ def calibration_and_test(
             " --calibration DATA"
         )
     settings.max_eval_records = max_records
+    if has_tokenizer(source.folder) and settings.prompt_template not in (None, "chat", "alpaca", "none"):
+        settings.prompt_template = "chat"  # the tokenizer has kept what the file said
     if entries is not None:
         settings.eval_dataset, settings.dataset_format = list(entries), "auto"
     records = validation_records(settings, tokenizer, run.get("seed", 42))

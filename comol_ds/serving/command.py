@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from comol_ds.adapters.adapter_folder import write_adapter
+from comol_ds.adapters.kept_tokenizer import read_tokenizer_files, write_tokenizer_files
 from comol_ds.errors import UserError
 from comol_ds.export.authors import import_authors_adapter
 from comol_ds.export.hf_exact import write_hf_exact
@@ -109,6 +110,7 @@ def export(options: argparse.Namespace) -> list[str]:
     sources = [source.folder, source.base, source.tokenizer, *(options.calibration or data)]
     with staged_folder(Path(options.output_dir), options.overwrite_output_dir, sources=sources) as folder:
         lines = FORMATS[options.format](source, folder, options)
+        write_tokenizer_files(read_tokenizer_files(source.folder), folder)
     return [f"{source.folder} -> {options.output_dir}, {options.format}", *lines]
 
 

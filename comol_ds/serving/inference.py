@@ -9,7 +9,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from comol_ds.base_config import NO_OWN_CODE, told
-from comol_ds.errors import UserError
+from comol_ds.errors import UserError, one_line
 from comol_ds.evaluation.greedy import as_ids, plain_generation
 from comol_ds.export.source import AdapterSource, find_adapter
 from comol_ds.router_load.counting import VALIDATION
@@ -71,9 +71,10 @@ def load_tokenizer(source: AdapterSource, trust_remote_code: bool = False) -> Pr
 def generate(
     model: PeftModel,
     tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[str],
+    prompts: Sequence[str | list[dict[str, Any]]],
     tasks: Sequence[str] | None = None,
     max_new_tokens: int = 64,
+    chat: bool = False,
     **generation_options: Any,
 ) -> tuple[list[str], dict[str, Any]]:
     """Answer a batch of prompts, and say what the routers did.
@@ -83,9 +84,12 @@ def generate(
 
     Args:
         model, tokenizer: from `load_for_inference`.
-        prompts: texts; padded on the left, and padding is not counted.
+        prompts: texts, or with ``chat`` also conversations, lists of turns {"role": ..., "content": ...}; padded on the
+            left, and padding is not counted.
         tasks: a label per prompt, to count each task apart.
         max_new_tokens: longest answer, in tokens.
+        chat: write the prompts with the tokenizer's chat template, a text as the only turn of a user. The tokenizer of
+            a run's adapter has the template that wrote its training data.
         generation_options: for model.generate; of a mixed batch (adapter_names) the routers of the rows of the
             adapter "default" are watched. Without any it is greedy and takes nothing from the base's
             generation_config.json but the tokens that end an answer; with do_sample=True the base's other settings hold
@@ -96,13 +100,17 @@ def generate(
         ..., "layers": {name: ...}}, see `RouterCounts.pop`.
 
     Raises:
-        UserError: the number of tasks is not that of the prompts.
+        UserError: the number of tasks is not that of the prompts, there is no chat template, or it refuses a prompt.
     """
     if tasks is not None and len(tasks) != len(prompts):
         raise UserError(f"{len(tasks)} tasks for {len(prompts)} prompts; give one per prompt")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
-    batch = tokenizer(list(prompts), return_tensors="pt", padding=True, padding_side="left").to(model.device)
+    padded = {"return_tensors": "pt", "padding": True, "padding_side": "left"}
+    if chat:  # a template writes its own start tokens
+        batch = tokenizer(_written(prompts, tokenizer), add_special_tokens=False, **padded).to(model.device)
+    else:
+        batch = tokenizer(list(prompts), **padded).to(model.device)
     with plain_generation(model, tokenizer, keeps_own=bool(generation_options.get("do_sample"))) as ends:
         ids = model.generate(**batch, max_new_tokens=max_new_tokens, **generation_options)
         ends = as_ids(generation_options.get("eos_token_id", ends))
@@ -115,6 +123,22 @@ def generate(
         model(input_ids=ids, attention_mask=mask, logits_to_keep=1, use_cache=False, **mixed)
         statistics = load.read(VALIDATION)
     return tokenizer.batch_decode(written, skip_special_tokens=True), statistics
+
+
+def _written(prompts: Sequence[str | list[dict[str, Any]]], tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """Prompts as the chat template asks them, up to where the answer begins."""
+    if not tokenizer.chat_template:
+        raise UserError(
+            f"chat=True: the tokenizer of {tokenizer.name_or_path!r} has no chat template; the adapter was trained on"
+            " prompts as they are, give them so"
+        )
+    chats = [[{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt for prompt in prompts]
+    try:
+        return tokenizer.apply_chat_template(chats, tokenize=False, add_generation_prompt=True)
+    except Exception as error:  # a template may raise anything
+        raise UserError(
+            f"chat=True: the chat template refuses a prompt: {one_line(error)}; change its turns"
+        ) from error
 
 
 def _until_end(written: torch.Tensor, ends: list[int]) -> torch.Tensor:

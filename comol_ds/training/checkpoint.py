@@ -4,7 +4,7 @@
         deepspeed/                          DeepSpeed's own files, without the frozen weights
         rng_rank<r>.pt                      random state of rank r
         training_state/tensors.safetensors  whole fp32 tensors <kind>:<parameter>, the same on every layout
-        adapter/                            the adapter folder at this step, whole tensors
+        adapter/                            the adapter folder at this step, whole tensors, and the tokenizer
         state.json                          step, data position, schedule, hyperparameters, identity, versions
         COMMITTED                           the manifest, see `comol_ds.training.commit`
 
@@ -16,7 +16,7 @@ data-parallel rank, because a rank's stored random state belongs to that rank's 
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, wait
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
@@ -72,8 +72,11 @@ class CheckpointWriter:
         world: World,
         keep: int | None,
         wait_seconds: float,
+        tokenizer: Mapping[str, bytes] | None = None,
     ) -> None:
         """Claim the run folder, and delete what runs that ended inside a save have left. A collective call.
+
+        ``tokenizer`` has the files that lie in every checkpoint's adapter folder, see `kept_tokenizer.tokenizer_files`.
 
         Raises:
             UserError: the folder cannot be written; on every rank.
@@ -93,6 +96,7 @@ class CheckpointWriter:
         self._checkpoints, self._identity, self._world, self._wait = checkpoints, identity, world, wait_seconds
         self._generation = Generation(generations, number)
         self._committer = Committer(world.size, self._generation, keep, wait_seconds)
+        self._tokenizer = tokenizer
         self._flight: _Flight | None = None
 
     def check_claim(self) -> None:
@@ -112,7 +116,7 @@ class CheckpointWriter:
         """
         self.finish()
         target = Target(self._checkpoints, step, self._generation.number)
-        writers = _take(assembled, step, self._identity, self._world)
+        writers = _take(assembled, step, self._identity, self._world, self._tokenizer)
         written = _in_thread(lambda: write_part(target, self._world.rank, writers))
         commits = self._world.rank == 0
         self._flight = _Flight(target, written, _in_thread(lambda: self._committer.commit(target) if commits else None))
@@ -176,7 +180,9 @@ def _result(future: "Future[T]", seconds: float, what: str) -> T:
         raise RuntimeError(f"{what} has not ended after {seconds:.0f} s; is the file system stuck?") from error
 
 
-def _take(assembled: Assembled, step: int, identity: RunIdentity, world: World) -> dict[str, Callable[[Path], None]]:
+def _take(
+    assembled: Assembled, step: int, identity: RunIdentity, world: World, tokenizer: Mapping[str, bytes] | None
+) -> dict[str, Callable[[Path], None]]:
     """A copy in host memory of this rank's part of a checkpoint, as writers of its files. A collective call."""
     engine = assembled.engine
     native, random = capture_native_files(engine, _NATIVE), rng_state()
@@ -190,7 +196,7 @@ def _take(assembled: Assembled, step: int, identity: RunIdentity, world: World) 
     named = {f"{kind}:{name}": tensor for kind, tensors in state.items() for name, tensor in tensors.items()}
     return writers | {
         str(_TENSORS): lambda path: save_tensors(named, path),
-        "adapter": lambda path: write_adapter(adapter, config, path),
+        "adapter": lambda path: write_adapter(adapter, config, path, tokenizer),
         STATE: lambda path: path.write_text(described, encoding="utf-8"),
     }
 

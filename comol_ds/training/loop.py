@@ -211,6 +211,6 @@ def write_final_adapter(state: Run) -> None:
 
     def write() -> None:
         if state.is_main:
-            write_adapter(adapter, peft_config(state.engine), state.plan.folder.adapter)
+            write_adapter(adapter, peft_config(state.engine), state.plan.folder.adapter, state.kept_tokenizer)
 
     groups.together("write the final adapter", write)

@@ -7,6 +7,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from comol_ds.adapters.kept_tokenizer import tokenizer_files
 from comol_ds.data.batches import TrainBatches
 from comol_ds.data.prepare import PreparedData
 from comol_ds.data.streaming import StreamingBatches
@@ -29,10 +30,14 @@ from comol_ds.training.train_data import train_data
 
 @dataclass
 class Run:
-    """What the steps of the story hand to each other."""
+    """What the steps of the story hand to each other.
+
+    `kept_tokenizer` has the files of the tokenizer with the template of the data; on rank 0, which writes adapters.
+    """
 
     plan: RunPlan
     tokenizer: PreTrainedTokenizerBase
+    kept_tokenizer: dict[str, bytes]
     data: PreparedData
     batches: TrainBatches | StreamingBatches
     assembled: Assembled
@@ -70,7 +75,8 @@ def set_up(plan: RunPlan, requests: StopRequests) -> Run | None:
         say(plan, *resume_lines(plan, steps), f"the run is finished, its adapter is {plan.folder.adapter}")
         return None
     assembled = assemble(config, config.model.model_name_or_path, plan.ds_config, steps, config.model.bf16)
-    checkpoints = claim_run_folder(plan)
+    kept = groups.together("keep the tokenizer", lambda: kept_tokenizer(plan, tokenizer, data))
+    checkpoints = claim_run_folder(plan, kept)
     if config.run.resume_from_checkpoint:
         resume, passed_over = settle_resume(config.run.resume_from_checkpoint, plan.folder, plan.identity, world)
         plan = replace(plan, resume=resume, passed_over=passed_over)
@@ -84,6 +90,7 @@ def set_up(plan: RunPlan, requests: StopRequests) -> Run | None:
     return Run(
         plan,
         tokenizer,
+        kept,
         data,
         batches,
         assembled,
@@ -144,7 +151,12 @@ def task_labels(data: PreparedData) -> list[str]:
     return labels if len(labels) > 1 else []
 
 
-def claim_run_folder(plan: RunPlan) -> CheckpointWriter:
+def kept_tokenizer(plan: RunPlan, tokenizer: PreTrainedTokenizerBase, data: PreparedData) -> dict[str, bytes]:
+    """What lies beside every adapter of the run, on rank 0; a tokenizer with it sends prompts as they were trained."""
+    return tokenizer_files(tokenizer, data.template.chat_template) if plan.world.rank == 0 else {}
+
+
+def claim_run_folder(plan: RunPlan, tokenizer: dict[str, bytes]) -> CheckpointWriter:
     """From here on no earlier process of this run can commit a checkpoint. A collective call."""
     folder, settings = plan.folder, plan.config.run
     checkpoints = CheckpointWriter(
@@ -154,6 +166,7 @@ def claim_run_folder(plan: RunPlan) -> CheckpointWriter:
         plan.world,
         settings.save_total_limit,
         settings.collective_timeout_minutes * 60,
+        tokenizer,
     )
     say(plan, *(f"deleted what an interrupted save has left: {name}" for name in checkpoints.removed))
     return checkpoints

@@ -10,10 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from comol_ds.adapters.adapter_folder import read_adapter
-from tests.data.data_helpers import real_data
+from comol_ds.adapters.kept_tokenizer import read_tokenizer_files
+from tests.data.data_helpers import CHAT_TEMPLATE, real_data
 from tests.distributed.launching import REPOSITORY, clean_environment, free_port, run_deepspeed, run_limited
 from tests.distributed.run_folders import assert_one_process_reproduces_the_evaluation, json_lines
 from tests.tiny_models import save_tiny_model
@@ -97,6 +98,14 @@ def test_run_folder_holds_everything(first_run):
     assert all((path / "COMMITTED").exists() for path in (out / "checkpoints").iterdir())
     assert "exact match" in printed and str(out / "adapter") in printed
     assert printed.count("held-out records") == 1, "only rank 0 prints"
+
+
+def test_adapters_keep_the_tokenizer_and_the_template_of_the_data(first_run):
+    _, out, _ = first_run
+    kept = read_tokenizer_files(out / "adapter")
+    assert "tokenizer.json" in kept and AutoTokenizer.from_pretrained(out / "adapter").chat_template == CHAT_TEMPLATE
+    for step in (SAVE_STEPS, STEPS):
+        assert read_tokenizer_files(out / "checkpoints" / f"step_{step}" / "adapter") == kept
 
 
 def test_every_generated_answer_is_written(first_run):

@@ -8,10 +8,12 @@ import numpy as np
 import pytest
 import yaml
 
+from comol_ds.adapters.kept_tokenizer import tokenizer_files, write_tokenizer_files
 from comol_ds.errors import UserError
 from comol_ds.export.source import find_adapter
 from comol_ds.serving.calibration_data import calibration_and_test
 from comol_ds.serving.inference import load_tokenizer
+from tests.data.data_helpers import tiny_tokenizer
 from tests.trained_adapters import save_run
 
 
@@ -78,6 +80,21 @@ def test_data_of_one_s_own_and_a_limit(run, tmp_path):
     calibration, test = split(run, [str(data)], max_records=6)
     assert (calibration.as_json()["records"], test.as_json()["records"]) == (3, 3)
     assert calibration.name == str(data)
+
+
+def test_a_kept_tokenizer_stands_in_for_the_file_of_the_run_s_template(run, tmp_path):
+    copy = tmp_path / "run"
+    shutil.copytree(run, copy)
+    values = yaml.safe_load((run / "config.yaml").read_text())
+    (copy / "config.yaml").write_text(yaml.safe_dump(values | {"prompt_template": str(tmp_path / "gone.jinja")}))
+    with pytest.raises(UserError, match=r"gone.jinja: No such file"):
+        split(copy)
+    template = (
+        "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}{{ '[assistant]' if add_generation_prompt }}"
+    )
+    write_tokenizer_files(tokenizer_files(tiny_tokenizer(), template), copy / "adapter")
+    texts = [tiny_tokenizer().decode(ids) for ids in split(copy)[0].records["input_ids"]]
+    assert all(text.startswith("[user]") and "[assistant]" in text for text in texts)
 
 
 def test_a_run_without_validation_says_what_calibration_needs(run, tmp_path):

@@ -2,12 +2,17 @@
 
 import pytest
 import torch
+from transformers import AutoTokenizer
 
 from comol_ds import load_for_inference
+from comol_ds.adapters.kept_tokenizer import tokenizer_files
 from comol_ds.errors import UserError
+from comol_ds.serving.command import export, parse
 from comol_ds.serving.inference import generate
+from tests.data.data_helpers import sums, tiny_tokenizer, write_jsonl
 from tests.router_recount import Recount
-from tests.trained_adapters import save_run
+from tests.tiny_models import save_tiny_model
+from tests.trained_adapters import save_run, save_trained_adapter
 
 PROMPTS = ["1 plus 1 is", "a much longer prompt than the others, 22 plus 4 is", "7"]
 
@@ -59,6 +64,55 @@ def test_mean_gates_equal_a_recount(run):
     expected = recount.statistics([batch], [torch.ones_like(ids, dtype=torch.bool)])
     for layer, values in load["layers"].items():
         assert values["mean_gate"] == pytest.approx(expected["layers"][layer]["mean_gate"], rel=1e-9)
+
+
+TEMPLATE = (
+    "{{ bos_token }}{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"
+    "{{ '[assistant]' if add_generation_prompt }}"
+)
+
+
+@pytest.fixture(scope="module")
+def kept(tmp_path_factory):
+    """An adapter that has kept its run's tokenizer, with another template than the base's."""
+    folder = tmp_path_factory.mktemp("kept")
+    base = save_tiny_model(folder / "model")
+    save_trained_adapter(folder / "adapter", base, tokenizer=tokenizer_files(tiny_tokenizer(), TEMPLATE))
+    return folder / "adapter"
+
+
+def test_chat_asks_with_the_template_of_the_training(kept):
+    model, tokenizer = load_for_inference(kept)
+    written = ["<s>[user]1 plus 1 is[assistant]", "<s>[system]Be short.[user]7[assistant]"]
+    turns = [{"role": "system", "content": "Be short."}, {"role": "user", "content": "7"}]
+    answers, load = generate(model, tokenizer, ["1 plus 1 is", turns], max_new_tokens=5, chat=True)
+    lengths = [len(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in written]
+    for text, answer, length in zip(written, answers, lengths, strict=True):
+        ids = torch.tensor([tokenizer(text, add_special_tokens=False)["input_ids"]])
+        alone = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=5, do_sample=False)
+        assert tokenizer.decode(alone[0, length:], skip_special_tokens=True) == answer
+    assert sum(lengths) < load["tokens"]["all"] <= sum(lengths) + 10
+
+
+def test_chat_without_a_template_or_with_turns_that_it_refuses(kept, tmp_path):
+    model, tokenizer = load_for_inference(kept)
+    tokenizer.chat_template = "{{ raise_exception('no system turns') }}"
+    with pytest.raises(UserError, match=r"^chat=True: the chat template refuses a prompt: no system turns; change"):
+        generate(model, tokenizer, ["a"], chat=True)
+    tokenizer.chat_template = None
+    with pytest.raises(UserError, match=r"^chat=True: the tokenizer of .* has no chat template; the adapter was"):
+        generate(model, tokenizer, ["a"], chat=True)
+
+
+@pytest.mark.parametrize("export_format", ["comol", "hf-exact", "vllm-lora", "lora", "merged"])
+def test_every_export_has_the_template_of_the_training(export_format, kept, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    data = write_jsonl(tmp_path / "data.jsonl", sums(6))
+    flags = ["--checkpoint", kept, "--format", export_format, "--output_dir", tmp_path / "out", "--calibration", data]
+    export(parse([str(word) for word in flags]))
+    assert AutoTokenizer.from_pretrained(tmp_path / "out").chat_template == TEMPLATE
+    for path, content in tokenizer_files(tiny_tokenizer(), TEMPLATE).items():
+        assert (tmp_path / "out" / path).read_bytes() == content
 
 
 def test_bad_input(run):
