@@ -151,6 +151,8 @@ def to_text(row: dict[str, Any], data_format: str, where: str, is_conversation: 
         (column,) = FORMATS[data_format]
         return _conversation(row, read_turns(row.get(column), column, where), where)
     asked, answered = FORMATS[data_format]
+    if is_conversation and isinstance(row.get(asked), list) and isinstance(row.get(answered), list):
+        return _conversation(row, _turns_of_a_pair(row, asked, answered, where), where)
     question, answer = _text(row, asked, where), _text(row, answered, where, optional=True)
     given = _text(row, "input", where, optional=True) if "input" in used else ""
     prompt = f"{question}\n\n{given}" if given.strip() else question
@@ -161,6 +163,14 @@ def to_text(row: dict[str, Any], data_format: str, where: str, is_conversation: 
         user |= {"instruction": question, "input": given}  # Alpaca's template writes them apart
     turns = [*read_history(row.get(_HISTORY), where), user, {"role": "assistant", "content": answer}]
     return _conversation(row, turns, where)
+
+
+def _turns_of_a_pair(row: dict[str, Any], asked: str, answered: str, where: str) -> list[dict[str, Any]]:
+    """A prompt of turns and a completion of turns, of which the completion's are learned."""
+    given = [
+        turn | ({"weight": 0} if turn["role"] == "assistant" else {}) for turn in read_turns(row[asked], asked, where)
+    ]
+    return [*given, *read_turns(row[answered], answered, where)]
 
 
 def _why_lost(data_format: str, column: str, is_conversation: bool) -> str:

@@ -35,8 +35,8 @@ class DataReport:
     """What was read, cut and dropped; counts of records unless said otherwise.
 
     `probed` says that only the first records of a stream were counted. `stamps`: flag and name of every data set ->
-    what another content would change, see `token_cache.Tokenized`. `unused`: columns that no record
-    is made of.
+    what another content would change, see `token_cache.Tokenized`. `unused`: columns that no record is made of.
+    `template`: the name of what writes the prompts.
     """
 
     max_length: int
@@ -53,6 +53,7 @@ class DataReport:
     tasks: dict[str, int] = field(default_factory=dict)
     stamps: dict[str, str] = field(default_factory=dict)
     unused: tuple[str, ...] = ()
+    template: str = "none"
 
     def summary(self) -> str:
         """One line for the log."""
@@ -63,11 +64,12 @@ class DataReport:
             + f"; columns not used: {', '.join(self.unused)}" * bool(self.unused)
         )
         if self.train is None or self.train_tokens is None or self.trained_tokens is None:
-            return f"{counts}; {self.validation} for validation"
+            return f"{counts}; {self.validation} for validation; prompt template {self.template}"
         share = 100 * self.trained_tokens / max(1, self.train_tokens)
         return (
             f"{counts}; {self.train} for training ({self.train_tokens} tokens, {share:.0f} % with loss), "
-            f"{self.validation} for validation; {len(self.tasks)} task{'s' * (len(self.tasks) != 1)}"
+            f"{self.validation} for validation; {len(self.tasks)} task{'s' * (len(self.tasks) != 1)}; "
+            f"prompt template {self.template}"
         )
 
     def _lost(self) -> str:
@@ -117,7 +119,7 @@ def prepare_data(settings: DataSettings, tokenizer: PreTrainedTokenizerBase, see
     template = _template([*sources, *held_out], settings, tokenizer)
     encode = _encoder(settings, tokenizer, template)
     sources = _written_by(template, sources)
-    report = DataReport(settings.max_length, probed=settings.streaming, unused=_unused(sources))
+    report = DataReport(settings.max_length, settings.streaming, unused=_unused(sources), template=template.name)
     evaluation = _evaluation(_written_by(template, held_out), settings, encode, report.stamps)
     if settings.streaming:
         train: datasets.Dataset | datasets.IterableDataset = _stream(sources, encode, settings, seed, report)

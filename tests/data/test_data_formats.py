@@ -93,6 +93,16 @@ def test_prompt_and_completion_are_taken_literally():
     assert (text.prompt, text.completion, text.conversation) == ("a\n", " b", "")
 
 
+def test_a_prompt_and_a_completion_of_turns_are_one_conversation_that_learns_the_completion():
+    ask, say = {"role": "user", "content": "How many?"}, {"role": "assistant", "content": "Two."}
+    row = {"prompt": [ask, say, ask], "completion": [say]}
+    assert turns(row, "prompt_completion") == [ask, say | {"weight": 0}, ask, say]
+    with pytest.raises(UserError, match="x row 1: column 'prompt' is list"):
+        to_text(row, "prompt_completion")
+    with pytest.raises(UserError, match="x row 1: column 'completion' is list"):
+        turns(row | {"prompt": "How many?"}, "prompt_completion")
+
+
 def test_a_text_is_all_answer():
     assert to_text({"text": "a b"}, "text") == formats.TextRecord("", "a b")
 

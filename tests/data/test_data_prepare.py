@@ -54,7 +54,7 @@ def test_summary_is_one_line_with_the_counts(two_sets):
     assert summary.startswith(
         "data: 200 records read, 0 cut at max_length 128, 0 dropped without any label; 190 for tr"
     )
-    assert summary.endswith("10 for validation; 2 tasks")
+    assert summary.endswith("10 for validation; 2 tasks; prompt template none")
     assert "\n" not in summary
 
 

@@ -38,6 +38,7 @@ def test_an_instruct_base_is_asked_in_its_own_words(questions, tmp_path):
     data = prepare(questions, tokenizer)
     assert first_texts(data, tokenizer) == (prompt.format("How many is 0?"), "There are 0.<|im_end|>")
     assert (data.template.name, data.template.chat_template) == ("chat", templates.CHATML)
+    assert data.report.summary().endswith("; prompt template chat")
     pairs = write_jsonl(tmp_path / "pairs.jsonl", sums(20))
     said = (prompt.format("How many is 0 and ?"), " There are 0.<|im_end|>")
     assert first_texts(prepare(pairs, tokenizer), tokenizer) == said
