@@ -28,16 +28,19 @@ _TOKENS = 16
 _AT_MOST = 3  # names in a message
 
 
-def check_adapters_work(adapted: PeftModel, settings: AdapterSettings, attn_implementation: str) -> None:
+def check_adapters_work(adapted: PeftModel, settings: AdapterSettings, attn_implementation: str) -> str | None:
     """Refuse adapters that no gradient would reach, and those that a fused kernel would pass by.
 
     Tried on a small copy of the model with a few tokens. Of experts only some get one, so an expert's adapter counts as
-    working if the same one beside another expert of the layer does. Nothing is refused where no small copy runs.
+    working if the same one beside another expert of the layer does.
 
     Args:
         adapted: the model with its adapter; only names and the configuration are read.
         settings: the adapter's.
         attn_implementation: the run's.
+
+    Returns:
+        What is to be said where no small copy runs, and nothing is known or refused.
 
     Raises:
         UserError: naming the modules, why, and the targets that work.
@@ -45,11 +48,9 @@ def check_adapters_work(adapted: PeftModel, settings: AdapterSettings, attn_impl
     base = adapted.get_base_model()
     try:
         small = shrunken_copy(base.config, attn_implementation)
-    except NotShrinkable:
-        return
+    except NotShrinkable as error:
+        return f"note: whether the model uses every adapter could not be tried on a small copy of it: {error}"
     targets = _targets(small, set(comol_layers(base)))
-    if not targets:
-        return
     parents = {name: small.get_submodule(name.rpartition(".")[0]) for name in targets}
     beside = beside_text(small)
     reasons = {name: f"no token passes through {name}" for name in targets if name in beside}
@@ -62,6 +63,7 @@ def check_adapters_work(adapted: PeftModel, settings: AdapterSettings, attn_impl
             reasons.setdefault(name, f"{kind} does not call {name}, or without gradients")
     if reasons:
         raise UserError(_refusal(reasons, targets))
+    return None
 
 
 def _targets(small: PreTrainedModel, adapted: set[str]) -> list[str]:

@@ -86,6 +86,7 @@ def plan_run(config: RunConfig, world: World) -> RunPlan:
     embedding_rows = check_tokenizer(model, tokenizer, config)
     check_activations(model, config.model, grid.tensor_parallel)
     adapted = preview_adapter(model, config)
+    notes.append(check_adapters_work(adapted, config.adapter, config.model.attn_implementation))
     notes.append(beside_text_note(adapted))
     trainable, everything = count_parameters(adapted)
     identity = identify(config, world, ds_config)
@@ -195,15 +196,14 @@ def preview_adapter(model: PreTrainedModel, config: RunConfig) -> PeftModel:
     """The model with its adapter, which is attached here, as training would have it.
 
     Raises:
-        UserError: target modules or modules to save that match nothing in the model, adapters that would do nothing,
-            an adapter to start from that does not fit.
+        UserError: target modules or modules to save that match nothing in the model, an adapter to start from that
+            does not fit.
     """
     _check_modules_to_save(model, config.adapter.modules_to_save)
     with torch.device("meta"):
         adapted = attach_adapter(model, config.adapter, config.run.seed)
     if config.adapter.adapter_name_or_path is not None:
         check_start_adapter(adapted, config.adapter)
-    check_adapters_work(adapted, config.adapter, config.model.attn_implementation)
     return adapted
 
 
