@@ -7,11 +7,12 @@ last line of each split only.
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 import numpy as np
 
-from comol_ds.errors import UserError, one_line
+from comol_ds.errors import UserError, one_line, shown
 from comol_ds.report.values import mutual_information
 from comol_ds.text_files import parse_json
 
@@ -21,6 +22,9 @@ SPLITS = ("train", "validation")
 _PER_EXPERT = ("mean_gate", "argmax_share", "share_above_half")
 _PER_TASK = ("entropy", "effective_experts", "update_ratio")
 _PER_LAYER = ("entropy", "effective_experts", "cv", "max_min_ratio", "update_ratio", "core_cosine")
+_LONGEST_LINE = 128 << 20  # bytes, of which a run of 100 tasks, 560 layers and 64 experts needs 100 MB
+_MOST = 1e50  # the largest ratio of two fp32 gates is below 1e46
+_SEPARATE = "report runs of one adapter from separate files"
 _OTHER_WRITER = "the file was written by another version of comol_ds, use the one that trained"
 
 
@@ -113,14 +117,9 @@ def read_run(path: Path) -> Run:
         if not run.layers:
             run.layers, experts = layers, record.mean_gate.shape[1]
         if layers != run.layers:
-            raise UserError(
-                f"{where}: {_difference(layers, run.layers)}; report runs of one adapter from separate files"
-            )
+            raise _invalid(where, _difference(layers, run.layers), _SEPARATE)
         if record.mean_gate.shape[1] != experts:
-            raise UserError(
-                f"{where}: {record.mean_gate.shape[1]} experts, but {experts} in the lines before; report runs of one"
-                " adapter from separate files"
-            )
+            raise _invalid(where, f"{record.mean_gate.shape[1]} experts, but {experts} in the lines before", _SEPARATE)
         _append(run.records[record.split], record)
     if not run.layers:
         raise UserError(f"{file} has no complete line yet; wait for the run's first --logging_steps, then try again")
@@ -137,14 +136,16 @@ def _find(path: Path) -> Path:
     return path / FILE_NAME
 
 
-def _lines(file: Path, notes: list[str]) -> Iterator[tuple[int, dict[str, Any]]]:
+def _lines(file: Path, notes: list[str]) -> Iterator[tuple[int, Any]]:
     """Parsed lines with their numbers. The last line may be half written: the run goes on, or was killed."""
     broken = None
     try:
         with file.open("rb") as lines:
-            for number, line in enumerate(lines, start=1):
+            for number, line in enumerate(iter(lambda: lines.readline(_LONGEST_LINE + 1), b""), start=1):
                 if broken is not None:
                     raise UserError(f"{file} line {broken[0]}: not JSON ({broken[1]}); delete the line and try again")
+                if len(line) > _LONGEST_LINE:
+                    raise _invalid(f"{file} line {number}", f"longer than {_LONGEST_LINE >> 20} MiB")
                 if not line.strip():
                     continue
                 try:
@@ -157,19 +158,27 @@ def _lines(file: Path, notes: list[str]) -> Iterator[tuple[int, dict[str, Any]]]
         notes.append(f"line {broken[0]}, the last of {file}, is half written and was ignored")
 
 
+def _invalid(where: str, fault: str, remedy: str = _OTHER_WRITER) -> UserError:
+    """``fault`` may quote names of the file, which are of any length."""
+    return UserError(f"{where}: {one_line(fault, 300)}; {remedy}")
+
+
 def _record(line: Any, where: str) -> tuple[Record, tuple[str, ...]]:
     if not isinstance(line, dict):
-        raise UserError(f"{where}: not an object; give the {FILE_NAME} of a run")
-    if line.get("version") != VERSION:
-        has = f"version {line['version']!r}" if "version" in line else "no version"
-        raise UserError(f"{where}: has {has}, this program reads version {VERSION}; {_OTHER_WRITER}")
+        raise _invalid(where, "not an object", f"give the {FILE_NAME} of a run")
+    version = line.get("version")
+    if type(version) is not int or version != VERSION:
+        has = f"version {shown(version)}" if "version" in line else "no version"
+        raise _invalid(where, f"has {has}, this program reads version {VERSION}")
     step, split, tokens, layers = (line.get(name) for name in ("step", "split", "tokens", "layers"))
     if split not in SPLITS:
-        raise UserError(f"{where}: split is {split!r}, neither train nor validation; {_OTHER_WRITER}")
-    if type(step) is not int or not isinstance(tokens, dict) or not isinstance(tokens.get("all"), int | float):
-        raise UserError(f"{where}: step is no whole number or tokens has no number for all; {_OTHER_WRITER}")
+        raise _invalid(where, f"split is {shown(split)}, neither train nor validation")
+    if not _is_count(step) or type(step) is not int or not isinstance(tokens, dict) or not _is_count(tokens.get("all")):
+        raise _invalid(where, "step is no whole number or tokens has no number for all")
     if not isinstance(layers, dict) or not layers or not all(isinstance(layer, dict) for layer in layers.values()):
-        raise UserError(f"{where}: layers is no object of at least one layer; {_OTHER_WRITER}")
+        raise _invalid(where, "layers is no object of at least one layer")
+    if unwritable := next((name for name in (*layers, *tokens) if not _is_text(name)), None):
+        raise _invalid(where, f"{shown(unwritable)} is no name of a layer or a task")
     experts = _experts(layers, where)
     tasks = _tasks(layers, tokens, experts, where)
     record = Record(
@@ -191,11 +200,11 @@ def _experts(layers: dict[str, dict], where: str) -> int:
     for name, layer in layers.items():
         gate = layer.get("mean_gate")
         if not isinstance(gate, list) or not gate:
-            raise UserError(f"{where}: mean_gate of {name} is no list of numbers; {_OTHER_WRITER}")
+            raise _invalid(where, f"mean_gate of {name} is no list of numbers")
         counts.setdefault(len(gate), name)
     if len(counts) > 1:
         (one, a), (other, b) = list(counts.items())[:2]
-        raise UserError(f"{where}: {a} has {one} experts and {b} has {other}; the report needs the same --num_experts")
+        raise _invalid(where, f"{a} has {one} experts and {b} has {other}", "the report needs the same --num_experts")
     return next(iter(counts))
 
 
@@ -204,17 +213,34 @@ def _numbers(layers: dict[str, dict], key: str, where: str, shape: tuple[int, ..
     values = [layer.get(key) for layer in layers.values()]
     array = _as_array(values)
     if array is not None and array.shape == (len(layers), *shape):
-        return array
+        return np.where(np.isfinite(array), array, np.nan)
     name = next((name for name, value in zip(layers, values, strict=True) if not _has_shape(value, shape)), "a layer")
     wanted = f"a list of {shape[0]} numbers, one per expert" if shape else "a number or null"
-    raise UserError(f"{where}: {key} of {name}{of} is not {wanted}; {_OTHER_WRITER}")
+    raise _invalid(where, f"{key} of {name}{of} is not {wanted}")
 
 
 def _as_array(values: Any) -> np.ndarray | None:
+    """None if they are no lists of numbers, or hold a number that no statistic has."""
     try:
-        return np.array(values, dtype=np.float64)
-    except (TypeError, ValueError):
+        array = np.array(values, dtype=np.float64)
+    except (TypeError, ValueError, OverflowError):
         return None
+    is_ours = _are_numbers(values) and not (np.isfinite(array) & (np.abs(array) > _MOST)).any()
+    return array if is_ours else None
+
+
+def _are_numbers(values: Any) -> bool:
+    """numpy would read "4" and true as numbers too."""
+    return all(map(_are_numbers, values)) if isinstance(values, list) else type(values) in (int, float, NoneType)
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) in (int, float) and 0 <= value < 1 << 53  # not NaN either
+
+
+def _is_text(name: str) -> bool:
+    """A lone half of a UTF-16 pair can be written in JSON, and nowhere else."""
+    return not any("\ud800" <= letter <= "\udfff" for letter in name)
 
 
 def _has_shape(value: Any, shape: tuple[int, ...]) -> bool:
@@ -225,9 +251,7 @@ def _has_shape(value: Any, shape: tuple[int, ...]) -> bool:
 def _dead(name: str, layer: dict, experts: int, where: str) -> tuple[int, ...]:
     dead = layer.get("dead_experts")
     if not isinstance(dead, list) or not all(type(expert) is int and 0 <= expert < experts for expert in dead):
-        raise UserError(
-            f"{where}: dead_experts of {name} is no list of numbers from 0 to {experts - 1}; {_OTHER_WRITER}"
-        )
+        raise _invalid(where, f"dead_experts of {name} is no list of numbers from 0 to {experts - 1}")
     return tuple(dead)
 
 
@@ -236,11 +260,11 @@ def _tasks(layers: dict[str, dict], tokens: dict[str, Any], experts: int, where:
     per_layer = {name: layer.get("tasks") or {} for name, layer in layers.items()}
     for layer, tasks in per_layer.items():
         if not isinstance(tasks, dict) or not all(isinstance(values, dict) for values in tasks.values()):
-            raise UserError(f"{where}: tasks of {layer} is no object of objects; {_OTHER_WRITER}")
+            raise _invalid(where, f"tasks of {layer} is no object of objects")
     names = tuple({name: None for tasks in per_layer.values() for name in tasks})
-    uncounted = [name for name in names if not isinstance(tokens.get(name), int | float)]
+    uncounted = [name for name in names if not _is_count(tokens.get(name))]
     if uncounted:
-        raise UserError(f"{where}: task {uncounted[0]} has no number in tokens; {_OTHER_WRITER}")
+        raise _invalid(where, f"task {uncounted[0]} has no number in tokens")
     names = tuple(name for name in names if tokens[name] > 0)
     if not names:
         return None

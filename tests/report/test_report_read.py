@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 
 import numpy as np
 import pytest
@@ -86,6 +87,13 @@ def test_null_is_not_a_number(lines, tmp_path):
     assert all(math.isnan(record.scalars[key][0]) for key in ("update_ratio", "core_cosine", "max_min_ratio"))
 
 
+def test_what_is_not_finite_is_not_a_number(lines, tmp_path):
+    """Of a run that diverged."""
+    lines[-1]["layers"][Q0] |= {"mean_gate": [INF, NAN, 0.5], "entropy": -INF}
+    record = read_run(write_lines(tmp_path / "run", lines)).records["validation"][-1]
+    assert np.isnan(record.mean_gate[0]).tolist() == [True, True, False] and math.isnan(record.scalars["entropy"][0])
+
+
 def test_the_file_itself_can_be_given(lines, tmp_path):
     file = (write_lines(tmp_path / "run", lines) / "router_load.jsonl").rename(tmp_path / "saved.jsonl")
     assert len(read_run(file).records["train"]) == 3
@@ -132,6 +140,12 @@ def _other_layers(names):
     return change
 
 
+def cut(text):
+    """As messages quote a long text."""
+    return f"'{text[:47]}...{text[-48:]}'"
+
+
+NAN, INF = float("nan"), float("inf")
 SEPARATE = "report runs of one adapter from separate files"
 REFUSED = {
     "version": (_line(version=2), f"has version 2, this program reads version 1; {OTHER}"),
@@ -167,6 +181,37 @@ REFUSED = {
         f"update_ratio of {Q0}, task sums, is not a number or null; {OTHER}",
     ),
     "task count": (_line(tokens={"all": 9, "words": 9}), f"task sums has no number in tokens; {OTHER}"),
+    "version is true": (_line(version=True), f"has version True, this program reads version 1; {OTHER}"),
+    "huge version": (
+        _line(version="x" * 10**5),
+        f"has version {cut('x' * 10**5)}, this program reads version 1; {OTHER}",
+    ),
+    "endless step": (_line(step=10**400), f"step is no whole number or tokens has no number for all; {OTHER}"),
+    "negative step": (_line(step=-1), f"step is no whole number or tokens has no number for all; {OTHER}"),
+    "NaN tokens": (_line(tokens={"all": NAN}), f"step is no whole number or tokens has no number for all; {OTHER}"),
+    "infinite tokens": (
+        _line(tokens={"all": INF}),
+        f"step is no whole number or tokens has no number for all; {OTHER}",
+    ),
+    "NaN task": (_line(tokens={"all": 9, "sums": NAN, "words": 9}), f"task sums has no number in tokens; {OTHER}"),
+    "endless gate": (
+        _first_layer(mean_gate=[10**400, 0, 0]),
+        f"mean_gate of {Q0} is not a list of 3 numbers, one per expert; {OTHER}",
+    ),
+    "digits as text": (
+        _first_layer(argmax_share=["1", "0", "0"]),
+        f"argmax_share of {Q0} is not a list of 3 numbers, one per expert; {OTHER}",
+    ),
+    "true as number": (_first_layer(entropy=True), f"entropy of {Q0} is not a number or null; {OTHER}"),
+    "absurd ratio": (_first_layer(update_ratio=1e308), f"update_ratio of {Q0} is not a number or null; {OTHER}"),
+    "half a letter": (
+        _other_layers([*NAMES[:-1], "\ud800"]),
+        f"'\\ud800' is no name of a layer or a task; {OTHER}",
+    ),
+    "endless name": (
+        _other_layers([*NAMES, "new\n" * 10**5]),
+        f"layer {'new ' * 10**5}"[:300] + f"; {SEPARATE}",
+    ),
     "new layer": (_other_layers([*NAMES, "new"]), f"layer new is not in the lines before; {SEPARATE}"),
     "lost layer": (_other_layers(NAMES[1:]), f"layer {Q0} of the lines before is missing; {SEPARATE}"),
     "order": (_other_layers(NAMES[::-1]), f"layers are in another order than in the lines before; {SEPARATE}"),
@@ -190,6 +235,12 @@ def _whole_file(text):
     return write
 
 
+def _endless_line(folder):
+    file = folder / "router_load.jsonl"
+    file.touch()
+    os.truncate(file, (128 << 20) + 1)  # of zeros that take no disk
+
+
 FILE = "{folder}/router_load.jsonl"
 NO_LINE = FILE + " has no complete line yet; wait for the run's first --logging_steps, then try again"
 REFUSED_FILES = {
@@ -198,6 +249,18 @@ REFUSED_FILES = {
     "not JSON": (
         _whole_file("step 1\nstep 2\n"),
         FILE + " line 1: not JSON (Expecting value: line 1 column 1 (char 0)); delete the line and try again",
+    ),
+    "nested": (
+        _whole_file("[" * 10**5 + "\n{}\n"),
+        FILE + " line 1: not JSON (it is nested too deeply); delete the line and try again",
+    ),
+    "another schema": (
+        _whole_file('{"step": 1, "loss": 2.0}\n'),
+        FILE + f" line 1: has no version, this program reads version 1; {OTHER}",
+    ),
+    "endless line": (
+        _endless_line,
+        FILE + f" line 1: longer than 128 MiB; {OTHER}",
     ),
     "no object": (_whole_file("[1]\n"), FILE + " line 1: not an object; give the router_load.jsonl of a run"),
     "no file": (
