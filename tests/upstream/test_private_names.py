@@ -122,6 +122,7 @@ PEFT = (
     Row(TUNER, "_prepare_adapter_config", taking("self", "peft_config", "model_config")),
     Row(TUNER, "_create_and_replace", taking("self", "peft_config", "adapter_name", "target", "target_name", "parent",
                                              "current_key", "parameter_name")),
+    Row(TUNER, "_check_target_module_exists", taking("peft_config", "key")),
     Row(TUNER, "_replace_module", taking("self", "parent", "child_name", "new_module", "child")),
     Row(TUNER, "_cast_adapter_dtype", taking("self", "adapter_name", "autocast_adapter_dtype")),
     Row(TUNER, "_check_merge_allowed", taking("self")),
