@@ -1,17 +1,32 @@
 """Whether a base model, its tokenizer and the run's rows fit each other: decided before weights are read."""
 
 import copy
+from dataclasses import dataclass
 
 import datasets
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from comol_ds.config import RunConfig
+from comol_ds.data.batches import asked_records
 from comol_ds.data.prepare import PreparedData
 from comol_ds.errors import UserError
 from comol_ds.parallel.shrunken import VOCABULARY, NotShrinkable, logits_of, shrunken_copy
 
 _POSITIONS = 16  # of the small copy on which longer rows are tried
+
+
+@dataclass(frozen=True)
+class Positions:
+    """What is known of a model's positions, where a run's rows or answers may exceed their number.
+
+    Attributes:
+        table: their number, if they are looked up in a table.
+        note: what is to be said of rows that are longer than the number.
+    """
+
+    table: int | None = None
+    note: str | None = None
 
 
 def check_tokenizer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: RunConfig) -> int | None:
@@ -79,28 +94,53 @@ def check_token_ids(data: PreparedData, tokenizer: PreTrainedTokenizerBase, rows
                 )
 
 
-def check_positions(model_config: PreTrainedConfig, config: RunConfig) -> str | None:
+def check_positions(model_config: PreTrainedConfig, config: RunConfig) -> Positions:
     """Refuse rows that are longer than a model's table of positions.
 
     Most models compute positions and run on, others look them up in a table, and the number in the configuration is
     the same. So longer rows are tried, on a small copy that was made for few positions.
 
-    Returns:
-        What is to be said where such rows run.
-
     Raises:
-        UserError: they do not run.
+        UserError: longer rows do not run.
     """
     limit = getattr(model_config.get_text_config(), "max_position_embeddings", None)
-    length, settings = config.data.max_length, config.model
-    if type(limit) is not int or length <= limit:
-        return None
-    if _runs_beyond(model_config, settings.attn_implementation):
-        return f"note: --max_length {length} is more than the {limit} positions that the model was made for"
+    length, run = config.data.max_length, config.run
+    longest = length + (run.max_new_tokens if run.max_generate_records else 0)
+    if type(limit) is not int or longest <= limit:
+        return Positions()
+    if _runs_beyond(model_config, config.model.attn_implementation):
+        note = f"note: --max_length {length} is more than the {limit} positions that the model was made for"
+        return Positions(note=note if length > limit else None)
+    if length <= limit:
+        return Positions(table=limit)
     raise UserError(
         f"--max_length {length} is more than the {limit} positions that the model has (max_position_embeddings); use"
         f" --max_length {limit} or less"
     )
+
+
+def check_answers(data: PreparedData, config: RunConfig, table: int | None) -> None:
+    """Refuse answers that would grow beyond a model's table of positions, which would end the run at its evaluation.
+
+    Args:
+        table: what `check_positions` found.
+
+    Raises:
+        UserError: naming the record with the longest prompt.
+    """
+    if table is None or not len(data.validation):
+        return
+    asked = asked_records(data.validation, config.run.max_generate_records)
+    if not asked:
+        return
+    record = data.validation[asked[0]]  # the longest prompt comes first
+    room = table - record["prompt_length"]
+    if room < config.run.max_new_tokens:
+        raise UserError(
+            f"--max_new_tokens {config.run.max_new_tokens}: the prompt of record {record['record_id']} has"
+            f" {record['prompt_length']} tokens, and the model {table} positions; use"
+            f" {f'--max_new_tokens {room}, ' if room > 0 else ''}a shorter --max_length, or --max_generate_records 0"
+        )
 
 
 def _runs_beyond(model_config: PreTrainedConfig, attn_implementation: str) -> bool:

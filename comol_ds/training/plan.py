@@ -39,6 +39,7 @@ class RunPlan:
 
     Attributes:
         embedding_rows: where tokens of the data may lie beyond them, else None.
+        position_table: number of positions that the base looks up, where rows or answers may need more, else None.
         notes: what is to be said of the base.
     """
 
@@ -54,6 +55,7 @@ class RunPlan:
     all_parameters: int
     identity: RunIdentity
     embedding_rows: int | None
+    position_table: int | None
     notes: list[str]
 
     @property
@@ -81,7 +83,8 @@ def plan_run(config: RunConfig, world: World) -> RunPlan:
     model = preview_model(config.model)
     check_tensor_parallel(model, config)
     check_packing(model.config, config)
-    notes = [check_positions(model.config, config)]
+    positions = check_positions(model.config, config)
+    notes = [positions.note]
     tokenizer = load_tokenizer(config.model.tokenizer_path, config.model.trust_remote_code)
     embedding_rows = check_tokenizer(model, tokenizer, config)
     check_activations(model, config.model, grid.tensor_parallel)
@@ -110,6 +113,7 @@ def plan_run(config: RunConfig, world: World) -> RunPlan:
         everything,
         identity,
         embedding_rows,
+        positions.table,
         [note for note in notes if note is not None],
     )
 

@@ -5,7 +5,7 @@ from transformers import PreTrainedTokenizerBase
 from comol_ds.data.batches import TrainBatches
 from comol_ds.data.prepare import PreparedData, prepare_data
 from comol_ds.data.streaming import StreamingBatches
-from comol_ds.training.base_checks import check_token_ids
+from comol_ds.training.base_checks import check_answers, check_token_ids
 from comol_ds.training.plan import RunPlan
 
 
@@ -15,10 +15,12 @@ def train_data(
     """The prepared data, and this rank's share of every global batch.
 
     Raises:
-        UserError: data that cannot be used, tokens that the base does not have, or too few records for one batch.
+        UserError: data that cannot be used, tokens or positions that the base does not have, or too few records for
+            one batch.
     """
     data = prepare_data(plan.config.data, tokenizer, plan.config.run.seed)
     check_token_ids(data, tokenizer, plan.embedding_rows)
+    check_answers(data, plan.config, plan.position_table)
     return data, _batches(plan, data, tokenizer.pad_token_id)
 
 

@@ -339,7 +339,7 @@ def test_output_dir_that_cannot_hold_a_run(message, inputs):
 def checkpoint(inputs):
     """A committed checkpoint of the run that `inputs.argv()` describes, in its run folder; not loadable."""
     plan = plan_run(parse_run_config(inputs.argv()), World(0, 1, 0))
-    state = json.dumps({"step": 2, "identity": asdict(plan.identity)})
+    state = json.dumps({"step": 2, "identity": asdict(plan.identity), "router_losses": {}})
     return commit_files(plan.folder.checkpoints, 2, {"state.json": state})
 
 

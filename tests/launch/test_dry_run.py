@@ -129,7 +129,7 @@ def test_it_refuses_what_the_run_refuses(case, inputs, capfd, monkeypatch):
 
 def test_it_refuses_a_used_run_folder_and_looks_at_a_run_to_be_resumed(inputs, capfd, monkeypatch):
     plan = plan_run(parse_run_config(inputs.argv()), World(0, 1, 0))
-    state = json.dumps({"step": 2, "identity": asdict(plan.identity)})
+    state = json.dumps({"step": 2, "identity": asdict(plan.identity), "router_losses": {}})
     commit_files(plan.folder.checkpoints, 2, {"state.json": state})
     found = refused(inputs, capfd, monkeypatch, inputs.argv("--dry_run"))
     assert found.startswith(f"--output_dir {inputs.out} holds checkpoints of an earlier run; continue it with")

@@ -16,9 +16,15 @@ from transformers import (
     XGLMConfig,
 )
 
-from comol_ds.config import DataSettings, ModelSettings, RunConfig
+from comol_ds.config import DataSettings, ModelSettings, RunConfig, RunSettings
 from comol_ds.errors import UserError
-from comol_ds.training.base_checks import check_positions, check_token_ids, check_tokenizer
+from comol_ds.training.base_checks import (
+    Positions,
+    check_answers,
+    check_positions,
+    check_token_ids,
+    check_tokenizer,
+)
 from tests.data.data_helpers import tiny_tokenizer
 
 SMALL = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 64}
@@ -40,8 +46,12 @@ WITHOUT_A_NUMBER = [
 ]
 
 
-def run_of(max_length: int) -> RunConfig:
-    return RunConfig(model=ModelSettings(attn_implementation="eager"), data=DataSettings(max_length=max_length))
+def run_of(max_length: int, answers: int = 0) -> RunConfig:
+    return RunConfig(
+        model=ModelSettings(attn_implementation="eager"),
+        data=DataSettings(max_length=max_length),
+        run=RunSettings(max_generate_records=answers, max_new_tokens=8),
+    )
 
 
 def kind(config) -> str:
@@ -50,27 +60,44 @@ def kind(config) -> str:
 
 @pytest.mark.parametrize("config", TABLES, ids=kind)
 def test_rows_longer_than_a_table_of_positions(config):
-    assert check_positions(config, run_of(32)) is None
+    assert check_positions(config, run_of(32)) == Positions()
     with pytest.raises(UserError) as error:
         check_positions(config, run_of(33))
     assert str(error.value) == (
         "--max_length 33 is more than the 32 positions that the model has (max_position_embeddings); use"
         " --max_length 32 or less"
     )
+    assert check_positions(config, run_of(24, answers=4)) == Positions()
+    assert check_positions(config, run_of(25, answers=4)) == Positions(table=32)
     assert config.max_position_embeddings == 32  # the model's own is not changed
 
 
 @pytest.mark.parametrize("config", COMPUTED, ids=kind)
 def test_rows_longer_than_computed_positions_are_told(config):
-    assert check_positions(config, run_of(32)) is None
-    assert check_positions(config, run_of(33)) == (
-        "note: --max_length 33 is more than the 32 positions that the model was made for"
-    )
+    assert check_positions(config, run_of(32)) == Positions()
+    note = "note: --max_length 33 is more than the 32 positions that the model was made for"
+    assert check_positions(config, run_of(33)) == Positions(note=note)
+    assert check_positions(config, run_of(25, answers=4)) == Positions()
 
 
 @pytest.mark.parametrize("config", WITHOUT_A_NUMBER, ids=kind)
 def test_models_without_a_number_of_positions(config):
-    assert check_positions(config, run_of(10**6)) is None
+    assert check_positions(config, run_of(10**6)) == Positions()
+
+
+def test_answers_that_would_grow_beyond_the_table():
+    records = {"record_id": ["x:1", "x:2", "x:3"], "task": ["x"] * 3, "reference": ["a", "b", ""]}
+    lengths = {"prompt_length": [24, 25, 30], "length": [26, 27, 31]}  # the last one has no answer and is not asked
+    data = SimpleNamespace(validation=datasets.Dataset.from_dict(records | lengths))
+    check_answers(data, run_of(32, answers=4), table=33)
+    check_answers(data, run_of(32, answers=4), table=None)
+    check_answers(data, run_of(32, answers=1), table=32)  # the first record alone
+    with pytest.raises(UserError) as error:
+        check_answers(data, run_of(32, answers=4), table=32)
+    assert str(error.value) == (
+        "--max_new_tokens 8: the prompt of record x:2 has 25 tokens, and the model 32 positions; use"
+        " --max_new_tokens 7, a shorter --max_length, or --max_generate_records 0"
+    )
 
 
 def model_with(rows: int):
