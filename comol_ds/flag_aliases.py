@@ -21,6 +21,7 @@ _SAME = {
     "activation_checkpointing": ("gradient_checkpointing", "use_gradient_checkpointing"),
     "dataset": ("data", "datasets", "data_path", "dataset_name", "dataset_path", "train_file", "train_data",
                 "train_dataset", "train_files"),
+    "prompt_template": ("template", "chat_template", "prompt_style"),
     "dataset_weights": ("interleave_probs", "dataset_probs"),
     "eval_dataset": ("val_file", "validation_file", "test_datasets", "eval_file", "val_dataset", "validation_dataset"),
     "max_length": ("cutoff_len", "max_seq_length", "max_seq_len", "sequence_len", "model_max_length", "block_size",
@@ -80,8 +81,6 @@ _OTHER = {
     ("logging_dir", "tensorboard_log_dir", "log_dir"): _RUN_FOLDER,
     ("run_name", "wandb_project", "wandb_run_name", "wandb_name"):
         "set WANDB_PROJECT and WANDB_NAME in the environment, and --report_to wandb",
-    ("template", "chat_template", "prompt_style"): "--dataset_format says how a record is written; chat data use the"
-        " tokenizer's own template",
     ("dataset_dir",): "give paths of files or folders with --dataset",
     ("use_lora", "use_peft", "finetuning_type", "adapter", "peft_type", "peft", "stage"): _ONE_METHOD,
     ("do_train", "do_eval", "do_predict"): "every run trains and evaluates; drop it",

@@ -9,6 +9,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from comol_ds.base_config import NO_OWN_CODE, told
+from comol_ds.data.chat import ChatRenderer
 from comol_ds.errors import UserError, one_line
 from comol_ds.evaluation.greedy import as_ids, plain_generation
 from comol_ds.export.source import AdapterSource, find_adapter
@@ -111,7 +112,9 @@ def generate(
         batch = tokenizer(_written(prompts, tokenizer), add_special_tokens=False, **padded).to(model.device)
     else:
         batch = tokenizer(list(prompts), **padded).to(model.device)
-    with plain_generation(model, tokenizer, keeps_own=bool(generation_options.get("do_sample"))) as ends:
+    turn_ends = _turn_ends(tokenizer) if chat else ()
+    keeps_own = bool(generation_options.get("do_sample"))
+    with plain_generation(model, tokenizer, keeps_own=keeps_own, end_tokens=turn_ends) as ends:
         ids = model.generate(**batch, max_new_tokens=max_new_tokens, **generation_options)
         ends = as_ids(generation_options.get("eos_token_id", ends))
     written = ids[:, batch["input_ids"].shape[1] :]
@@ -139,6 +142,17 @@ def _written(prompts: Sequence[str | list[dict[str, Any]]], tokenizer: PreTraine
         raise UserError(
             f"chat=True: the chat template refuses a prompt: {one_line(error)}; change its turns"
         ) from error
+
+
+def _turn_ends(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The id that the chat template ends an answer with, which need not be the end of sequence; none where it has none
+    or refuses a short conversation."""
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    try:
+        probe = ChatRenderer(tokenizer, None)({"messages": turns}, "probe")
+    except UserError:
+        return []
+    return tokenizer(probe.text, add_special_tokens=False)["input_ids"][-1:] if probe.is_ended else []
 
 
 def _until_end(written: torch.Tensor, ends: list[int]) -> torch.Tensor:

@@ -94,6 +94,23 @@ def test_chat_asks_with_the_template_of_the_training(kept):
     assert sum(lengths) < load["tokens"]["all"] <= sum(lengths) + 10
 
 
+def test_chat_ends_where_the_template_ends_a_turn(kept):
+    model, tokenizer = load_for_inference(kept)
+    asked = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "7"}], add_generation_prompt=True, return_tensors="pt"
+    )
+    ids = model.generate(**asked, max_new_tokens=5, do_sample=False)[0, asked["input_ids"].shape[1] :].tolist()
+    end = next(i for i in ids[1:] if i != ids[0])
+    (whole,), _ = generate(model, tokenizer, ["7"], max_new_tokens=5, chat=True)
+    written = tokenizer.convert_ids_to_tokens(end)
+    tokenizer.add_special_tokens({"additional_special_tokens": [written]})
+    turn_end = "{{ '" + written + "' if m.role == 'assistant' }}"
+    tokenizer.chat_template = TEMPLATE.replace("{{ m.content }}", "{{ m.content }}" + turn_end)
+    (cut,), load = generate(model, tokenizer, ["7"], max_new_tokens=5, chat=True)
+    assert cut == tokenizer.decode(ids[: ids.index(end)]) and whole.startswith(cut) and len(cut) < len(whole)
+    assert load["tokens"]["all"] == asked["input_ids"].shape[1] + ids.index(end) + 1
+
+
 def test_chat_without_a_template_or_with_turns_that_it_refuses(kept, tmp_path):
     model, tokenizer = load_for_inference(kept)
     tokenizer.chat_template = "{{ raise_exception('no system turns') }}"
