@@ -33,11 +33,11 @@ def check(folder, **changes) -> None:
     settings = replace(WRITTEN, adapter_name_or_path=str(folder), **changes)
     with torch.device("meta"):
         model = attach_adapter(AutoModelForCausalLM.from_config(FAMILIES["llama"]), settings, seed=1)
-    check_start_adapter(model, settings)
+    return check_start_adapter(model, settings)
 
 
 def test_the_adapter_of_the_run_is_accepted(folder):
-    check(folder)
+    assert check(folder) is None
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ from transformers import PreTrainedModel
 
 from comol_ds.config import AdapterSettings
 from comol_ds.errors import UserError
+from comol_ds.layout import either
 from comol_ds.parallel.tp_plan import check_placement, place_linears
 from tests.settings.meta_models import llama, on_meta
 from tests.tiny_models import FAMILIES
@@ -23,7 +24,8 @@ def refusal(model: PreTrainedModel, tensor_parallel: int, adapter: AdapterSettin
 def test_models_that_can_be_split(family, working):
     model = on_meta(FAMILIES[family])
     for tensor_parallel in working:
-        check_placement(model, place_linears(model, None), tensor_parallel, AdapterSettings())
+        assert check_placement(model, place_linears(model, None), tensor_parallel, AdapterSettings()) is None
+    assert refusal(model, 16).endswith(f"; use {either(working)}")
 
 
 @pytest.mark.parametrize(

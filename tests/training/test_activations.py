@@ -10,6 +10,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from comol_ds.config import AdapterSettings, ModelSettings, ParallelSettings, RunConfig, RunSettings
+from comol_ds.config_checks import check_config
 from comol_ds.errors import UserError
 from comol_ds.layout import RankGrid
 from comol_ds.parallel import activations
@@ -179,7 +180,7 @@ ACCEPTED = {"none": 0, "full": 1, "selective:2": 2, "selective:10": 10}
 @pytest.mark.parametrize(("text", "every"), ACCEPTED.items())
 def test_accepted_forms(text, every):
     config = run_config(activation_checkpointing=text)
-    config.check()
+    check_config(config)
     assert config.model.checkpointed_every == every
 
 
@@ -189,7 +190,7 @@ def test_accepted_forms(text, every):
 )  # fmt: skip
 def test_other_forms_are_refused(text):
     with pytest.raises(UserError) as caught:
-        run_config(activation_checkpointing=text).check()
+        check_config(run_config(activation_checkpointing=text))
     assert str(caught.value) == (
         f"--activation_checkpointing {text}: must be none, full, or selective:N with a whole number N of at least 2"
     )
@@ -198,7 +199,7 @@ def test_other_forms_are_refused(text):
 @pytest.mark.parametrize("checkpointing", ["none", "selective:2"])
 def test_partitioning_needs_full_checkpointing(checkpointing):
     with pytest.raises(UserError) as caught:
-        run_config(activation_checkpointing=checkpointing, partition_activations=True).check()
+        check_config(run_config(activation_checkpointing=checkpointing, partition_activations=True))
     assert str(caught.value) == (
         f"--partition_activations with --activation_checkpointing {checkpointing}: it divides the layers' inputs, which"
         " is what full keeps; set --activation_checkpointing full"
@@ -247,5 +248,6 @@ def test_what_model_or_layout_cannot_do_is_refused(model, settings, tensor_paral
 
 
 def test_what_they_can_do_passes():
-    check_activations(llama(), ModelSettings(activation_checkpointing="full", partition_activations=True), 2)
-    check_activations(OldStyle(), ModelSettings(), 1)
+    partitioned = ModelSettings(activation_checkpointing="full", partition_activations=True)
+    assert check_activations(llama(), partitioned, 2) is None
+    assert check_activations(OldStyle(), ModelSettings(), 1) is None
