@@ -76,13 +76,16 @@ class ChatRenderer:
         """Render one conversation.
 
         Args:
-            conversation: {"messages": [...], "tools": [...], "options": {...}} as `formats.TextRecord` has it.
+            conversation: {"messages": [...], "tools": [...], "options": {...}, "is_pair": true} as
+                `formats.TextRecord` has it.
             record_id: for messages.
 
         Raises:
             UserError: the template refuses the record, loses its system turn or a tool, or does not write the last
-                answer after the turns before it.
+                answer after the turns before it; or a prompt is written by a template already.
         """
+        if conversation.get("is_pair"):
+            self._check_unwritten(conversation["messages"], record_id)
         chat = _Chat(self, conversation, record_id)
         answers = [number for number, turn in enumerate(chat.turns) if _is_answer(turn)]
         trained = [number for number in answers if conversation["messages"][number].get("weight") != 0]
@@ -93,6 +96,8 @@ class ChatRenderer:
         text, marked = chat.write_marked(last + 1)
         chat.check_nothing_lost(text)
         spans = {number: chat.span(number, last, text, marked) for number in answers if number <= last}
+        if spans[last] is None and last == 0:  # nobody asked for it
+            return RenderedChat(text, unlabeled_turns=1)
         if spans[last] is None:
             raise UserError(
                 f"{record_id}: the chat template of {self.tokenizer.name_or_path!r} does not write the last "
@@ -107,6 +112,16 @@ class ChatRenderer:
             stripped_reasoning=sum(_is_stripped(turn, text) for turn in chat.turns[: last + 1]),
             unplaced_untrained=sum(number not in trained and span is None for number, span in spans.items()),
         )
+
+    def _check_unwritten(self, turns: list[dict[str, Any]], record_id: str) -> None:
+        """Refuse to put a prompt into a template twice."""
+        for turn in turns:
+            begins_with = self.special.match(turn["content"].lstrip())
+            if turn["role"] == "user" and begins_with and begins_with.group():
+                raise UserError(
+                    f"{record_id}: the prompt begins with {begins_with.group()!r}: a chat template has written it "
+                    "already; give --prompt_template none"
+                )
 
     def common_prefix(self, one: str, other: str) -> int:
         """Characters that both begin with, whole special tokens only."""
@@ -200,16 +215,31 @@ class _Chat:
 
     def _begin(self, number: int, text: str) -> int | None:
         """Where the prompt for a turn ends."""
-        if number == 0:
-            return 0
-        prompt = self.write(number, add_generation_prompt=True)
-        if text.startswith(prompt):
+        prompt = self.write(number, add_generation_prompt=True) if number else self._first_prompt()
+        if prompt is not None and text.startswith(prompt):
             return len(prompt)
+        if number == 0:
+            return None
         before = self.write(number)
         if not text.startswith(before):
             return None
         # The prompt goes on otherwise than the answer, as where it opens reasoning that the answer lacks.
         return max(len(before), self.renderer.common_prefix(prompt, text))
+
+    def _first_prompt(self) -> str | None:
+        """The prompt for an answer that nothing precedes; None where the template cannot write one."""
+        tokenizer = self.renderer.tokenizer
+        try:
+            ((text,), _) = render_jinja_template(
+                [[]],
+                tools=self.tools,
+                chat_template=tokenizer.get_chat_template(self.renderer.chat_template, self.tools),
+                add_generation_prompt=True,
+                **{**tokenizer.special_tokens_map, **self.options},
+            )
+        except Exception:  # most templates look at the first turn
+            return None
+        return text or None
 
     def _end(self, number: int, text: str) -> int | None:
         """Where a turn before the last ends, if it stands there as it was when it was the last."""

@@ -36,8 +36,8 @@ ROLES = tuple(dict.fromkeys([*(name for needed in FORMATS.values() for name in n
 class TextRecord:
     """One record as text.
 
-    `conversation` is JSON, {"messages": [...], "tools": [...], "options": {...}} with the last two where there are any,
-    and "" for a record that is a prompt and an answer as they are.
+    `conversation` is JSON, {"messages": [...], "tools": [...], "options": {...}, "is_pair": true} with the last three
+    where there are any, and where turns were made of a prompt and an answer; it is "" for those as they are.
     """
 
     prompt: str
@@ -162,7 +162,7 @@ def to_text(row: dict[str, Any], data_format: str, where: str, is_conversation: 
     if given.strip():
         user |= {"instruction": question, "input": given}  # Alpaca's template writes them apart
     turns = [*read_history(row.get(_HISTORY), where), user, {"role": "assistant", "content": answer}]
-    return _conversation(row, turns, where)
+    return _conversation(row, turns, where, is_pair=True)
 
 
 def _turns_of_a_pair(row: dict[str, Any], asked: str, answered: str, where: str) -> list[dict[str, Any]]:
@@ -179,14 +179,15 @@ def _why_lost(data_format: str, column: str, is_conversation: bool) -> str:
     return f"the format {data_format} does not use it; rename it with --columns"
 
 
-def _conversation(row: dict[str, Any], turns: list[dict[str, Any]], where: str) -> TextRecord:
+def _conversation(row: dict[str, Any], turns: list[dict[str, Any]], where: str, is_pair: bool = False) -> TextRecord:
     system = _text(row, "system", where, optional=True)
-    if system:
+    if system.strip():
         if turns[0]["role"] == "system":
             raise UserError(f"{where}: a system turn and a column 'system'; drop one of them")
         turns = [{"role": "system", "content": system}, *turns]
     tools, options = read_tools(row.get("tools"), where), read_options(row.get("chat_template_kwargs"), where)
     whole = {"messages": turns} | ({"tools": tools} if tools else {}) | ({"options": options} if options else {})
+    whole |= {"is_pair": True} if is_pair else {}
     return TextRecord("", "", json.dumps(whole, ensure_ascii=False))
 
 

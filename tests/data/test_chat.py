@@ -145,6 +145,30 @@ def test_an_empty_last_turn_does_not_unlabel_the_record(content):
     assert encode(tokenizer, [SAY | {"content": content}])["length"] == 0
 
 
+def test_a_first_turn_of_the_assistant_is_learned_behind_its_prompt_or_not_at_all():
+    tokenizer = chat_tokenizer(templates.CHATML)
+    assert learned(tokenizer, encode(tokenizer, [SAY, AGAIN, LAST])) == ["Twelve.<|im_end|>", "Ten.<|im_end|>"]
+    tokenizer.chat_template = (
+        "{% if messages[0].role != 'system' %}<|im_start|>system\nYou are kind.<|im_end|>\n{% endif %}"
+        + templates.CHATML
+    )
+    record = encode(tokenizer, [SAY, AGAIN, LAST])
+    assert (learned(tokenizer, record), record["unlabeled_turns"]) == (["Ten.<|im_end|>"], 1)
+    alone = encode(tokenizer, [SAY])
+    assert (alone["trained_tokens"], alone["unlabeled_turns"]) == (0, 1)
+
+
+def test_a_prompt_that_a_template_has_written_is_not_written_again():
+    tokenizer = chat_tokenizer(templates.CHATML)
+    written = [{"role": "user", "content": " <|im_start|>user\nHow many?<|im_end|>"}, SAY]
+    with pytest.raises(
+        UserError, match=r"x:1: the prompt begins with '<\|im_start\|>': a chat template has written it"
+    ):
+        encode(tokenizer, written, is_pair=True)
+    assert encode(tokenizer, written)["trained_tokens"] > 0
+    assert encode(tokenizer, [ASK | {"content": "What is <|im_end|>?"}, SAY], is_pair=True)["trained_tokens"] > 0
+
+
 def test_turns_of_weight_0_are_given_and_not_learned():
     tokenizer = chat_tokenizer(templates.CHATML)
     unlearned = [ASK, SAY | {"weight": 0}, AGAIN, LAST]
