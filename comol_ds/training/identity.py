@@ -108,7 +108,10 @@ class RunIdentity:
         for name, theirs, mine in self._pairs(found, difference.unknown):
             if theirs == mine:
                 continue
-            if name in self.LAYOUT or name.startswith("deepspeed.zero_optimization."):
+            if name.startswith("deepspeed.zero_optimization."):
+                # another stage has another block, which needs no words
+                difference.moved.extend([f"{name} {theirs} -> {mine}"] * (found.get("zero_stage") == self.zero_stage))
+            elif name in self.LAYOUT:
                 difference.moved.append(f"{name} {theirs} -> {mine}")
             elif name.startswith(("settings.", "deepspeed.")):
                 difference.changed.append(f"{name.removeprefix('settings.')} {theirs} -> {mine}")

@@ -148,6 +148,10 @@ def test_the_same_layout_continues_from_deepspeeds_own_files(tmp_path):
             "deepspeed.zero_optimization.sub_group_size 100 -> 10",
         ),
         (
+            {"zero_stage": 2, "deepspeed": {"zero_optimization": {"overlap_comm": True}}},
+            "zero_stage 3 -> 2",
+        ),
+        (
             {"deepspeed": {"zero_optimization": {}}},
             "deepspeed.zero_optimization.sub_group_size 100 -> None",
         ),
