@@ -7,7 +7,7 @@ A flag can stand on the command line or in the YAML file given with ``--config``
 from dataclasses import asdict, dataclass, field
 from typing import Any, ClassVar, Literal
 
-# The five projections of the paper's Qwen recipe (arXiv 2603.00573).
+# The five projections of the paper's Qwen recipe (arXiv 2603.00573), adapted where nothing else is said.
 DEFAULT_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "down_proj")
 
 
@@ -75,10 +75,11 @@ class AdapterSettings:
     dropout_scheme: Literal["input", "paper"] = option(
         "input", "Dropout on the input only, or in the paper's three places (slower: one r x r core per token)."
     )
-    target_modules: list[str] = option(
-        DEFAULT_TARGETS,
-        "Names of the Linear modules to adapt, or all-linear: of the text model, unless a whole name or one regular"
-        " expression says so.",
+    target_modules: list[str] | None = option(
+        None,
+        "Names of the Linear modules to adapt, each of which must exist, or all-linear: of the text model, unless a"
+        " whole name or one regular expression says so. None: what the text model has of"
+        f" {', '.join(DEFAULT_TARGETS)}.",
     )
     modules_to_save: list[str] | None = option(None, "Further modules trained whole and saved with the adapter.")
     adapter_name_or_path: str | None = option(

@@ -15,6 +15,7 @@ DROPOUT_SCHEMES = ("input", "paper")
 MAX_SIZE = 1 << 16  # of r and of num_experts
 MAX_CORE_NUMBERS = 1 << 28
 MAX_ALPHA = 1e9
+ALL_LINEAR = "all-linear"
 
 
 def register_peft_type(name: str) -> None:
@@ -51,8 +52,8 @@ class CoMoLConfig(PeftConfig):
             the identity: at uniform gates it is exactly LoRA.
         dropout_scheme: "input" drops x only, as LoRA does. "paper" also drops the merged core and the r-vector after
             it, which needs the merged core of every token, [N, R, R]: several times slower while training.
-        target_modules: list of module name endings, a regular expression, or "all-linear". None takes q, k, v, o and
-            down projections for the model types that are known.
+        target_modules: list of module name endings, a regular expression, or "all-linear". Every name must match a
+            module. None takes what the model has of q_proj, k_proj, v_proj, o_proj and down_proj.
         exclude_modules: names or a regular expression that target_modules must not reach.
         modules_to_save: other modules that are trained and saved whole.
         layers_to_transform: layer index or indices to adapt, with a list of target_modules.
@@ -80,6 +81,8 @@ class CoMoLConfig(PeftConfig):
     init_adapter_weights: bool = field(default=True, metadata={"help": "False: B is random instead of zero."})
 
     def __post_init__(self) -> None:
+        # PEFT notes its version in the configurations that it saves; what was saved is not judged by its names again.
+        self.said_now = self.peft_version is None
         super().__post_init__()
         self.peft_type = PeftType.COMOL
         check_positive_int("r", self.r)

@@ -15,15 +15,9 @@ from comol_ds.adapters.comol_layer import NO_MERGE, CoMoLLinear
 from comol_ds.adapters.config import CoMoLConfig
 from comol_ds.adapters.expressions import check_matching_ends
 from comol_ds.adapters.mixed_batch import mixed_batch, rows_per_input
+from comol_ds.adapters.targets import adds_to, is_all_linear, linear_suffixes, narrowed_by, settle_targets
 from comol_ds.adapters.text_model import beside_text
 from comol_ds.errors import UserError
-
-ATTENTION_AND_DOWN = ("q_proj", "k_proj", "v_proj", "o_proj", "down_proj")
-DEFAULT_TARGET_MODULES: dict[str, tuple[str, ...] | str] = {
-    **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text"), ATTENTION_AND_DOWN),
-    # The vision tower has q_proj, k_proj and v_proj too.
-    "gemma3": rf"(.*\.)?language_model\..*\.({'|'.join(ATTENTION_AND_DOWN)})",
-}
 
 
 class CoMoLModel(BaseTuner):
@@ -35,7 +29,7 @@ class CoMoLModel(BaseTuner):
 
     prefix: str = "comol_"
     tuner_layer_cls = CoMoLLinear
-    target_module_mapping: ClassVar[dict[str, tuple[str, ...] | str]] = DEFAULT_TARGET_MODULES
+    target_module_mapping: ClassVar[dict[str, Any]] = {}  # PEFT's, by model type; ours asks the model
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Wrap the target Linears of `model`.
@@ -44,8 +38,8 @@ class CoMoLModel(BaseTuner):
         beside it, such as a vision tower, is adapted where a whole name or a regular expression says so.
 
         Raises:
-            UserError: no module matches (the endings of the Linears that exist are listed), a match is no Linear, or
-                matching an expression takes too long.
+            UserError: nothing matches, or a name of a configuration that was not saved matches nothing (what exists is
+                listed), a match is no Linear, or matching an expression takes too long.
         """
         check_matching_ends(self.peft_config[adapter_name], (name for name, _ in model.named_modules()))
         self.left_beside_text, self._beside_text = [], _beside_text(model, self.peft_config[adapter_name])
@@ -55,17 +49,12 @@ class CoMoLModel(BaseTuner):
             config = self.peft_config[adapter_name]
             raise UserError(
                 f"target_modules {_shown(config.target_modules)} match no module of the model"
-                f"{_narrowed_by(config)}; its Linear modules end in: {', '.join(linear_suffixes(model)) or 'none'}"
+                f"{narrowed_by(config)}; its Linear modules end in: {', '.join(linear_suffixes(model)) or 'none'}"
             ) from error
 
     def _prepare_adapter_config(self, peft_config: CoMoLConfig, model_config: dict) -> CoMoLConfig:
-        model_type = model_config.get("model_type")
-        if peft_config.target_modules is None and model_type not in self.target_module_mapping:
-            raise UserError(
-                f"target_modules is not set and there is no default for model type {model_type!r}; "
-                f"its Linear modules end in: {', '.join(linear_suffixes(self.model)) or 'none'}"
-            )
-        return super()._prepare_adapter_config(peft_config, model_config)
+        settle_targets(peft_config, self.model)  # before the first module is wrapped
+        return peft_config
 
     def _check_target_module_exists(self, peft_config: CoMoLConfig, key: str) -> bool | re.Match[str] | None:
         matches = super()._check_target_module_exists(peft_config, key)
@@ -87,6 +76,11 @@ class CoMoLModel(BaseTuner):
         if not isinstance(target, nn.Linear | CoMoLLinear):
             raise UserError(
                 f"target_modules match {current_key!r}, a {type(target).__name__}; CoMoL wraps nn.Linear only"
+            )
+        if not adds_to(target):
+            raise UserError(
+                f"target_modules match {current_key!r}, a {type(target).__name__}, which does not return x W^T;"
+                " CoMoL wraps what returns one tensor [..., out_features]"
             )
         layer = target if isinstance(target, CoMoLLinear) else CoMoLLinear(target)
         if layer is not target:
@@ -141,17 +135,11 @@ class CoMoLModel(BaseTuner):
         return tensors
 
 
-def linear_suffixes(model: nn.Module) -> list[str]:
-    """Last name parts of the model's Linears, sorted: what target_modules can name."""
-    linears = (name for name, module in model.named_modules() if isinstance(module, nn.Linear | CoMoLLinear))
-    return sorted({name.removesuffix(".base_layer").rpartition(".")[2] for name in linears})
-
-
 def _beside_text(model: nn.Module, config: CoMoLConfig) -> set[str]:
     """What stays without adapters though it matches: modules beside the text model, unless the targets mean them."""
     targets = config.target_modules
     if isinstance(targets, str):
-        return beside_text(model) if targets.lower() == "all-linear" else set()
+        return beside_text(model) if is_all_linear(targets) else set()
     return beside_text(model) - set(targets or ())
 
 
@@ -167,12 +155,6 @@ def _cast_adapter(layer: CoMoLLinear, adapter_name: str, dtype: torch.dtype | No
 
 def _shown(target_modules: Any) -> str:
     return repr(target_modules) if isinstance(target_modules, str | None) else ", ".join(sorted(target_modules))
-
-
-def _narrowed_by(config: CoMoLConfig) -> str:
-    named = ("exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save")
-    given = [f"{name}={getattr(config, name)!r}" for name in named if getattr(config, name) not in (None, [], set())]
-    return f" (with {', '.join(given)})" if given else ""
 
 
 register_peft_method(name="comol", config_cls=CoMoLConfig, model_cls=CoMoLModel, prefix="comol_")

@@ -18,6 +18,7 @@ from peft import LNTuningConfig, LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora.layer import Linear as LoraLinear
 from transformers import LlamaConfig, PreTrainedModel
 
+from comol_ds.adapters.targets import default_targets
 from comol_ds.benchmark.contenders import MixtureOfLorasLinear
 from comol_ds.benchmark.processes import REPOSITORY
 from comol_ds.config import (
@@ -62,9 +63,8 @@ class ModelCase:
 
 def attach_lora(model: PreTrainedModel, settings: AdapterSettings, seed: int) -> PeftModel:
     """PEFT's LoRA on meta, beside what CoMoL would adapt."""
-    config = LoraConfig(
-        task_type="CAUSAL_LM", r=settings.r, lora_alpha=settings.lora_alpha, target_modules=settings.target_modules
-    )
+    targets = settings.target_modules or default_targets(model)
+    config = LoraConfig(task_type="CAUSAL_LM", r=settings.r, lora_alpha=settings.lora_alpha, target_modules=targets)
     return get_peft_model(model, config, low_cpu_mem_usage=True)
 
 

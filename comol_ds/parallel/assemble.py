@@ -18,6 +18,7 @@ from transformers.integrations import HfDeepSpeedConfig, is_deepspeed_zero3_enab
 from comol_ds.adapters.config import CoMoLConfig
 from comol_ds.adapters.shared_down import share_down_projections
 from comol_ds.adapters.table import BaseKind
+from comol_ds.adapters.targets import default_targets
 from comol_ds.base_config import build_base, read_base_config, read_generation_config
 from comol_ds.config import AdapterSettings, ModelSettings, OptimizerSettings, RunConfig
 from comol_ds.ds_config import zero_stage
@@ -226,17 +227,17 @@ def attach_adapter(model: PreTrainedModel, settings: AdapterSettings, seed: int)
     On a real model the adapter is drawn from ``seed``; on meta it is only declared.
 
     Raises:
-        UserError: the target modules match nothing in the model.
+        UserError: a name of the target modules, or of the modules to save, matches nothing in the model.
     """
     torch.manual_seed(seed)
-    return get_peft_model(model, comol_config(settings))
+    return get_peft_model(model, comol_config(settings, settings.target_modules or default_targets(model)))
 
 
-def comol_config(settings: AdapterSettings) -> CoMoLConfig:
-    """The PEFT configuration of the run's adapter settings."""
-    targets = settings.target_modules
+def comol_config(settings: AdapterSettings, targets: list[str] | str) -> CoMoLConfig:
+    """The PEFT configuration of the run's adapter settings, for these target modules."""
     # one word that is no plain name is "all-linear" or a regular expression, which PEFT takes as a string
-    single_pattern = len(targets) == 1 and not targets[0].replace(".", "").isidentifier()
+    if len(targets) == 1 and not targets[0].replace(".", "").isidentifier():
+        targets = targets[0]
     return CoMoLConfig(
         task_type="CAUSAL_LM",
         r=settings.r,
@@ -246,7 +247,7 @@ def comol_config(settings: AdapterSettings) -> CoMoLConfig:
         router=settings.router,
         core_init=settings.core_init,
         dropout_scheme=settings.dropout_scheme,
-        target_modules=targets[0] if single_pattern else targets,
+        target_modules=targets,
         modules_to_save=settings.modules_to_save,
     )
 

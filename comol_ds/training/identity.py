@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
-from comol_ds.config import RunConfig
+from comol_ds.config import DEFAULT_TARGETS, RunConfig
 from comol_ds.ds_config import zero_stage
 from comol_ds.errors import UserError
 from comol_ds.parallel.groups import World
@@ -159,7 +159,7 @@ def identify(config: RunConfig, world: World, ds_config: dict[str, Any]) -> RunI
         seed=config.run.seed,
         optim=config.optimizer.optim,
         model=f"{config.model.model_name_or_path}{', random weights' if config.model.init_random else ''}",
-        adapter=asdict(config.adapter),
+        adapter=asdict(config.adapter) | {"target_modules": config.adapter.target_modules or list(DEFAULT_TARGETS)},
         data={name: value for name, value in data.items() if name in SAME_RUN},
         router_losses={name: value for name, value in router.items() if name in SAME_RUN},
         tp_plan=config.parallel.tp_plan,

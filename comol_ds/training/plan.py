@@ -10,6 +10,7 @@ from peft import PeftModel
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from comol_ds.adapters.targets import missing_defaults
 from comol_ds.base_config import build_base, read_generation_config, told
 from comol_ds.config import ModelSettings, OptimizerSettings, RunConfig
 from comol_ds.ds_config import load_ds_json
@@ -85,6 +86,8 @@ def plan_run(config: RunConfig, world: World) -> RunPlan:
     check_packing(model.config, config)
     positions = check_positions(model.config, config)
     notes = [positions.note]
+    if config.adapter.target_modules is None:
+        notes.append(missing_defaults(model))
     tokenizer = load_tokenizer(config.model.tokenizer_path, config.model.trust_remote_code)
     embedding_rows = check_tokenizer(model, tokenizer, config)
     check_activations(model, config.model, grid.tensor_parallel)
@@ -203,7 +206,6 @@ def preview_adapter(model: PreTrainedModel, config: RunConfig) -> PeftModel:
         UserError: target modules or modules to save that match nothing in the model, an adapter to start from that
             does not fit.
     """
-    _check_modules_to_save(model, config.adapter.modules_to_save)
     with torch.device("meta"):
         adapted = attach_adapter(model, config.adapter, config.run.seed)
     if config.adapter.adapter_name_or_path is not None:
@@ -220,16 +222,6 @@ def beside_text_note(adapted: PeftModel) -> str | None:
         f"note: {len(left)} modules beside the text model match --target_modules and get no adapter, because no token"
         f" passes through them; the first is {left[0]}"
     )
-
-
-def _check_modules_to_save(model: torch.nn.Module, names: list[str] | None) -> None:
-    """PEFT saves nothing, and says nothing, for a name that no module has."""
-    modules = [name for name, _ in model.named_modules()]
-    for wanted in names or []:
-        if not any(name.endswith(wanted) for name in modules):
-            endings = sorted({name.rpartition(".")[2] for name in modules} - {""})
-            named = ", ".join(ending for ending in endings if not ending.isdigit())
-            raise UserError(f"--modules_to_save {wanted} matches no module of the model; modules end in: {named}")
 
 
 def load_tokenizer(path: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:

@@ -7,6 +7,7 @@ from transformers import Gemma3Config, Gemma3ForConditionalGeneration, T5Config,
 
 from comol_ds import CoMoLConfig
 from comol_ds.adapters.comol_layer import comol_layers
+from comol_ds.errors import UserError
 from tests.tiny_models import FAMILIES
 
 VISION = {
@@ -41,7 +42,7 @@ def places(model: PeftModel) -> dict[str, int]:
 @pytest.mark.parametrize(
     ("targets", "expected", "left"),
     [
-        (None, {"model.language_model": 10}, 0),
+        (None, {"model.language_model": 10}, 3),
         (["q_proj", "v_proj"], {"model.language_model": 4}, 2),
         ("all-linear", {"model.language_model": 14}, 9),
         (["q_proj", IN_TOWER], {"model.language_model": 2, "model.vision_tower": 1}, 0),
@@ -71,3 +72,8 @@ def test_an_encoder_that_reads_text_is_no_tower():
     )
     model = get_peft_model(base, CoMoLConfig(r=2, num_experts=2, target_modules=["q"]))
     assert {name.split(".")[0] for name in comol_layers(model)} == {"encoder", "decoder"}
+
+
+def test_a_name_that_only_the_tower_has_is_no_name_of_the_text_model(build):
+    with pytest.raises(UserError, match=r"^target_modules fc1 match no module of the text model; what lies beside it"):
+        build(["q_proj", "fc1"])

@@ -110,7 +110,7 @@ def test_communication_that_only_this_machine_cannot_run_is_planned(call, tmp_pa
 def test_targets_that_match_nothing_are_refused(call):
     code, _, errors = call(target_modules="q_porj")
     assert code == 2
-    assert errors.startswith("plan.py: error: target_modules q_porj match no module of the model; its Linear modules")
+    assert errors.startswith("plan.py: error: target_modules q_porj match no module of the model; near it: q_proj")
     assert errors.count("\n") == 1
 
 

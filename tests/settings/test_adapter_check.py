@@ -136,8 +136,8 @@ def test_a_linear_that_returns_more_than_its_product():
         **SIZES, intermediate_size_mlp=48, num_local_experts=2, layer_types=["full_attention"] * 2
     )
     assert refusal(config, "router") == (
-        "--target_modules: the model does not run with an adapter beside model.layers.0.feed_forward.router; name other"
-        " modules: 'tuple' object has no attribute 'dtype'"
+        "target_modules match 'model.layers.0.feed_forward.router', a Llama4Router, which does not return x W^T; CoMoL"
+        " wraps what returns one tensor [..., out_features]"
     )
 
 

@@ -6,9 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 from deepspeed.accelerator import get_accelerator
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Phi3Config
 
 from comol_ds.config import (
+    DEFAULT_TARGETS,
     GROUPS,
     AdapterSettings,
     DataSettings,
@@ -34,7 +35,7 @@ from comol_ds.training.plan import (
     preview_model,
 )
 from tests.data.data_helpers import tiny_tokenizer
-from tests.tiny_models import FAMILIES, save_tiny_model
+from tests.tiny_models import FAMILIES, VOCABULARY, save_tiny_model
 
 DS_CONFIG = Path(__file__).resolve().parents[2] / "ds_configs" / "zero3.json"
 
@@ -66,7 +67,7 @@ def config(model_folder, tmp_path):
     ids=str,
 )
 def test_target_modules_reach_the_peft_configuration(given, expected):
-    assert comol_config(AdapterSettings(target_modules=given)).target_modules == expected
+    assert comol_config(AdapterSettings(), given).target_modules == expected
 
 
 @pytest.mark.parametrize(
@@ -91,7 +92,7 @@ def test_target_modules_are_adapted_in_every_layer(given, adapted):
 
 def test_other_adapter_settings_reach_the_peft_configuration():
     settings = AdapterSettings(4, 8, 0.25, 3, "input", "identity", "paper", ["q_proj"], ["lm_head"])
-    found = comol_config(settings)
+    found = comol_config(settings, settings.target_modules)
     for name in ("r", "lora_alpha", "lora_dropout", "num_experts", "router", "core_init", "dropout_scheme"):
         assert getattr(found, name) == getattr(settings, name), name
     assert found.modules_to_save == ["lm_head"] and found.task_type == "CAUSAL_LM"
@@ -239,3 +240,18 @@ def test_tokenizer_without_padding_pads_with_the_end(tmp_path):
     tokenizer.pad_token = None
     tokenizer.save_pretrained(tmp_path)
     assert load_tokenizer(str(tmp_path)).pad_token == "</s>"
+
+
+def test_the_default_targets_of_a_fused_model_are_told(config, tmp_path):
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
+    fused = Phi3Config(vocab_size=VOCABULARY, **sizes, pad_token_id=0, bos_token_id=1, eos_token_id=2)
+    fused.save_pretrained(tmp_path / "fused")
+    tiny_tokenizer().save_pretrained(tmp_path / "fused")
+    model = replace(config.model, model_name_or_path=str(tmp_path / "fused"))
+    plan = plan_run(replace(config, model=model, adapter=AdapterSettings()), World(0, 1, 0))
+    assert plan.notes == [
+        "target_modules is not set: o_proj, down_proj are adapted, the model has no q_proj, k_proj, v_proj; its Linear"
+        " modules end in: down_proj, gate_up_proj, lm_head, o_proj, qkv_proj"
+    ]
+    assert plan.config.adapter.target_modules is None  # what the user said
+    assert plan.identity.adapter["target_modules"] == list(DEFAULT_TARGETS)  # as in checkpoints of earlier versions

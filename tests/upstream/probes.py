@@ -6,7 +6,7 @@ import torch
 from datasets import Dataset
 from deepspeed.module_inject.autotp_config import PartitionType
 from deepspeed.module_inject.tp_plan_converter import TPPlanConverter
-from peft.tuners.tuners_utils import check_target_module_exists
+from peft.tuners.tuners_utils import _maybe_include_all_linear_layers, check_target_module_exists
 from peft.utils.other import get_pattern_key
 from torch.utils._pytree import tree_leaves
 from transformers.core_model_loading import WeightRenaming, rename_source_key
@@ -32,6 +32,19 @@ def matches_endings() -> bool:
     config = CoMoLConfig(target_modules=["up_proj"])
     reached = [bool(check_target_module_exists(config, name)) for name in ("a.up_proj", "a.gate_up_proj")]
     return reached == [True, False] and get_pattern_key(["up_proj"], "a.up_proj") == "up_proj"
+
+
+def finds_all_linears() -> bool:
+    config = CoMoLConfig(target_modules="all-linear")
+    model = torch.nn.ModuleDict(
+        {"a": torch.nn.Linear(2, 2), "b": torch.nn.ReLU(), "c": CoMoLLinear(torch.nn.Linear(2, 2))}
+    )
+    _maybe_include_all_linear_layers(config, model)
+    return config.target_modules == {"a", "c"}
+
+
+def saved_configurations_name_a_version() -> bool:
+    return CoMoLConfig().to_dict()["peft_version"] == CoMoLConfig().peft_version is not None
 
 
 def renames() -> bool:

@@ -151,6 +151,9 @@ PEFT = (
     Row("peft.tuners.tuners_utils", "check_target_module_exists", that(probes.matches_endings)),
     Row("peft.utils.other", "get_pattern_key", that(probes.matches_endings)),
     Row("peft.tuners.lora.layer", "Linear", subclass_of(nn.Module)),
+    Row("peft.tuners.tuners_utils", "_maybe_include_all_linear_layers", that(probes.finds_all_linears)),
+    Row("peft.PeftModel", "_enable_peft_forward_hooks", called(1)),
+    Row("peft.PeftConfig", "peft_version", that(probes.saved_configurations_name_a_version)),
 )  # fmt: skip
 
 TRANSFORMERS = (
