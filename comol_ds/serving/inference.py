@@ -2,17 +2,19 @@
 
 import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
 from comol_ds.base_config import NO_OWN_CODE, told
 from comol_ds.data.chat import ChatRenderer
 from comol_ds.errors import UserError, one_line
 from comol_ds.evaluation.greedy import as_ids, plain_generation
-from comol_ds.export.source import AdapterSource, find_adapter
+from comol_ds.export.source import AdapterSource, find_adapter, weights_in
 from comol_ds.router_load.counting import VALIDATION
 from comol_ds.router_load.tracking import track_router_load
 
@@ -51,8 +53,10 @@ def load_base(base: str, dtype: torch.dtype | str = "auto", **model_options: Any
     """The frozen base model, in evaluation mode.
 
     Raises:
-        UserError: it cannot be loaded.
+        UserError: it cannot be loaded, or its index lists a file outside its folder.
     """
+    if os.path.isfile(os.path.join(base, SAFE_WEIGHTS_INDEX_NAME)):
+        weights_in(Path(base))  # transformers itself follows whatever path an index lists
     options = {"trust_remote_code": False} | model_options
     with told(f"base {base!r}", "give --model_name_or_path", NO_OWN_CODE):
         return AutoModelForCausalLM.from_pretrained(base, dtype=dtype, **options).eval()

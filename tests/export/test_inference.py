@@ -1,14 +1,17 @@
 """A trained adapter in plain transformers: loading, answers, router statistics."""
 
+import json
+
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
 from comol_ds import load_for_inference
 from comol_ds.adapters.kept_tokenizer import tokenizer_files
 from comol_ds.errors import UserError
 from comol_ds.serving.command import export, parse
-from comol_ds.serving.inference import generate
+from comol_ds.serving.inference import generate, load_base
 from tests.data.data_helpers import sums, tiny_tokenizer, write_jsonl
 from tests.router_recount import Recount
 from tests.tiny_models import save_tiny_model
@@ -30,6 +33,21 @@ def test_the_loaded_model_is_the_trained_one_bit_by_bit(run):
     with torch.no_grad():
         assert torch.equal(model(input_ids=ids).logits, trained(input_ids=ids).logits)
     assert not model.training
+
+
+def test_a_base_whose_index_lists_a_file_elsewhere_is_not_read(tmp_path):
+    """transformers would read it: the file is there and whole."""
+    base = save_tiny_model(tmp_path / "base")
+    (base / "model.safetensors").rename(tmp_path / "elsewhere.safetensors")
+    names = load_file(tmp_path / "elsewhere.safetensors")
+    index = base / "model.safetensors.index.json"
+    index.write_text(json.dumps({"metadata": {}, "weight_map": dict.fromkeys(names, "../elsewhere.safetensors")}))
+    with pytest.raises(UserError) as error:
+        load_base(str(base))
+    assert str(error.value) == (
+        f"{index} names a file that is not read: '../elsewhere.safetensors' does not lie in the folder;"
+        " download the model again"
+    )
 
 
 def test_a_batch_is_answered_as_its_prompts_one_by_one(run):
