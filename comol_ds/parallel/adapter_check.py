@@ -17,7 +17,7 @@ from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel
 
-from comol_ds.adapters.comol_layer import ADAPTER, comol_layers
+from comol_ds.adapters.comol_layer import ADAPTER, CoMoLLinear, comol_layers
 from comol_ds.adapters.text_model import beside_text
 from comol_ds.config import AdapterSettings
 from comol_ds.errors import UserError, one_line
@@ -26,6 +26,7 @@ from comol_ds.parallel.shrunken import VOCABULARY, NotShrinkable, shrunken_copy,
 
 _TOKENS = 16
 _AT_MOST = 3  # names in a message
+_NOT_TRIED = "note: whether the model uses every adapter could not be tried on a small copy of it: "
 
 
 def check_adapters_work(adapted: PeftModel, settings: AdapterSettings, attn_implementation: str) -> str | None:
@@ -49,21 +50,39 @@ def check_adapters_work(adapted: PeftModel, settings: AdapterSettings, attn_impl
     try:
         small = shrunken_copy(base.config, attn_implementation)
     except NotShrinkable as error:
-        return f"note: whether the model uses every adapter could not be tried on a small copy of it: {error}"
+        return f"{_NOT_TRIED}{error}"
     targets = _targets(small, set(comol_layers(base)))
-    parents = {name: small.get_submodule(name.rpartition(".")[0]) for name in targets}
     beside = beside_text(small)
     reasons = {name: f"no token passes through {name}" for name in targets if name in beside}
-    silent = _without_gradient(small, targets, settings)
-    for name, parent in parents.items():
-        kind, own = type(parent).__name__, name.rpartition(".")[2]
-        if own in _read_weights(type(parent)):
-            reasons.setdefault(name, f"{kind} reads the weight of {name} instead of calling it")
+    tiny = replace(settings, r=2, num_experts=2, lora_dropout=0.0, target_modules=targets, modules_to_save=None)
+    trial = attach_adapter(small, tiny, seed=0).train()  # fused kernels serve training only
+    layers = comol_layers(trial)
+    for layer in layers.values():
+        layer.__class__ = _Watched
+    logits = _logits(trial, layers)
+    if isinstance(logits, Exception):
+        return _NOT_TRIED + one_line(logits, limit=200)
+    silent = _without_gradient(layers, logits)
+    for name, layer in layers.items():
+        parent = type(small.get_submodule(name.rpartition(".")[0]))
+        if layer.weight_was_read and name.rpartition(".")[2] in _read_weights(parent):
+            reasons.setdefault(name, f"{parent.__name__} reads the weight of {name} instead of calling it")
         elif name in silent:
-            reasons.setdefault(name, f"{kind} does not call {name}, or without gradients")
+            reasons.setdefault(name, f"{parent.__name__} does not call {name}, or without gradients")
     if reasons:
         raise UserError(_refusal(reasons, targets))
     return None
+
+
+class _Watched(CoMoLLinear):
+    """An adapted layer that notices when somebody else reads its base's weight."""
+
+    weight_was_read = False
+
+    @property
+    def weight(self) -> nn.Parameter:
+        self.weight_was_read = True
+        return self.base_layer.weight
 
 
 def _targets(small: PreTrainedModel, adapted: set[str]) -> list[str]:
@@ -74,23 +93,34 @@ def _targets(small: PreTrainedModel, adapted: set[str]) -> list[str]:
     return [name for name in linears if name in adapted or without_numbers(name) in elsewhere]
 
 
-def _without_gradient(small: PreTrainedModel, targets: list[str], settings: AdapterSettings) -> set[str]:
-    """The targets beside which no adapter gets a gradient; experts of which another one works are none of them."""
-    tiny = replace(settings, r=2, num_experts=2, lora_dropout=0.0, target_modules=targets, modules_to_save=None)
-    model = attach_adapter(small, tiny, seed=0).eval()
-    layers = comol_layers(model)
+def _logits(trial: PeftModel, layers: dict[str, CoMoLLinear]) -> torch.Tensor | Exception:
+    """Logits of a few tokens, or why the model does not run in training mode even without adapters.
+
+    Raises:
+        UserError: it runs without them only.
+    """
     entered: list[str] = []
     for name, layer in layers.items():
         layer.register_forward_pre_hook(lambda layer, args, name=name: entered.append(name))
     ids = torch.randint(3, VOCABULARY, (1, _TOKENS), generator=torch.Generator().manual_seed(0))
     try:
-        logits = model(input_ids=ids, use_cache=False).logits
-    except Exception as error:  # the copy ran without adapters
-        reason = f"--target_modules: the model does not run with an adapter beside {entered[-1]}"
+        return trial(input_ids=ids, use_cache=False).logits
+    except Exception as error:
+        where = entered[-1:]
+        try:
+            with trial.disable_adapter(), torch.no_grad():
+                trial(input_ids=ids, use_cache=False)
+        except Exception as without:
+            return without
+        reason = f"--target_modules: the model does not run with an adapter beside {' '.join(where)}"
         raise UserError(f"{reason}; name other modules: {one_line(error, limit=200)}") from error
-    last = [layer.comol_B[ADAPTER] for layer in layers.values()]
+
+
+def _without_gradient(layers: dict[str, CoMoLLinear], logits: torch.Tensor) -> set[str]:
+    """The layers whose adapter gets no gradient; experts of which another one works are none of them."""
     if not logits.requires_grad:
         return set(layers)
+    last = [layer.comol_B[ADAPTER] for layer in layers.values()]
     gradients = torch.autograd.grad(logits.sum(), last, allow_unused=True)
     reached = {name: gradient is not None for name, gradient in zip(layers, gradients, strict=True)}
     working = {_in_layer(name) for name, works in reached.items() if works}
@@ -108,8 +138,8 @@ def _in_layer(name: str) -> str:
 def _read_weights(parent: type[nn.Module]) -> set[str]:
     """Names of the children whose whole weight some method of a class reads: ``self.out_proj.weight`` as a value.
 
-    Found in the compiled methods, for the one that reads may run on a GPU only. Initialization, which reads too, is
-    left out.
+    A kernel that exists on a GPU only may get it in training, so that no gradient tells. Found in the compiled methods;
+    initialization, which reads too, is left out.
     """
     names = set()
     for cls in takewhile(lambda cls: cls is not nn.Module, inspect.getmro(parent)):

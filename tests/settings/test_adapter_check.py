@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from transformers import (
     BambaConfig,
+    BloomConfig,
     DeepseekV3Config,
     Gemma3Config,
     JambaConfig,
@@ -58,6 +59,8 @@ def refusal(config: PreTrainedConfig, *targets: str) -> str:
         (GEMMA3, ()),
         (GEMMA3, ("all-linear",)),
         (MAMBA, ("in_proj",)),
+        # reads slices of the weights of dense and dense_4h_to_h where pretraining_tp is above 1
+        (BloomConfig(vocab_size=96, hidden_size=32, n_layer=2, n_head=4), ("all-linear",)),
     ],
     ids=lambda value: getattr(value, "model_type", str(value)),
 )
