@@ -23,7 +23,7 @@ from typing import Any
 
 from comol_ds.checkpoint_names import MARKER, by_step
 from comol_ds.errors import UserError, one_line
-from comol_ds.files import sync
+from comol_ds.files import remove_or_warn, sync
 from comol_ds.tensor_files import listed_file
 from comol_ds.text_files import read_json
 from comol_ds.training.generation import Generation
@@ -120,7 +120,7 @@ class Committer:
         try:
             manifest = self._wait_for_parts(target)
             _verify(target, manifest)
-            shutil.rmtree(target.writing / _PARTS)
+            remove_or_warn(target.writing / _PARTS)
             for folder in (*target.writing.rglob("*/"), target.writing):
                 sync(folder)
             self.generation.check()
@@ -130,7 +130,7 @@ class Committer:
             sync(target.checkpoints)
             self.generation.check()
             _write_synced(target.path / MARKER, {"generation": self.generation.number, "files": manifest})
-            shutil.rmtree(target.replaced, ignore_errors=True)
+            remove_or_warn(target.replaced)
             delete_oldest(target.checkpoints, self.keep, target.path)
         except OSError as error:
             self.generation.check()  # a run that took over has cleaned up what this one was writing
@@ -186,21 +186,22 @@ def damage_of(checkpoint: Path, share: int = 0, shares: int = 1) -> str | None:
 
 
 def remove_leftovers(checkpoints: Path) -> list[str]:
-    """Delete what runs that ended inside a save have left, and return its names. Only for who owns the folder."""
+    """Delete what runs that ended inside a save have left, and return the names of what is gone; nothing depends on it.
+
+    Only for who owns the folder. A link is nothing that a save leaves.
+    """
     leftovers = [path for path in checkpoints.glob("step_*") if _LEFTOVER.fullmatch(path.name)]
     leftovers += [path for path in by_step(checkpoints) if not (path / MARKER).exists()]
-    for path in leftovers:
-        shutil.rmtree(path)
-    return sorted(path.name for path in leftovers)
+    return sorted(path.name for path in leftovers if not path.is_symlink() and remove_or_warn(path))
 
 
 def delete_oldest(checkpoints: Path, keep: int | None, newest: Path) -> None:
-    """Delete committed checkpoints beyond ``keep``, never ``newest``."""
+    """Delete committed checkpoints beyond ``keep``, never ``newest``. What cannot be deleted is warned of and stays."""
     committed = [path for path in by_step(checkpoints) if (path / MARKER).exists()]
     for old in committed[keep:] if keep else []:
-        if old != newest:
-            (old / MARKER).unlink()  # first: a deletion cut short leaves no half checkpoint that looks whole
-            shutil.rmtree(old)
+        # the marker first: a deletion cut short leaves no half checkpoint that looks whole; of a link only the link
+        if old != newest and (old.is_symlink() or remove_or_warn(old / MARKER)):
+            remove_or_warn(old)
 
 
 def _part_file(target: Target, rank: int) -> Path:

@@ -9,8 +9,8 @@ from comol_ds.parallel.device import peak_memory_bytes
 from comol_ds.parallel.groups import gather_objects
 from comol_ds.parallel.monitor import MonitorMaster
 from comol_ds.training.evaluation import Evaluation
+from comol_ds.training.log_files import append_json_line
 from comol_ds.training.plan import RunPlan
-from comol_ds.training.run_folder import append_json_line
 from comol_ds.training.step import StepResult
 
 

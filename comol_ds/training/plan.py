@@ -77,6 +77,8 @@ def plan_run(config: RunConfig, world: World) -> RunPlan:
     config = replace(config, model=replace(config.model, bf16=decide_bf16(config.model.bf16)))
     layout = resolve_layout(config, load_ds_json(config.run.ds_config), world)
     config, grid, ds_config = layout.config, layout.grid, layout.ds_config
+    folder = RunFolder(config.run.output_dir)
+    folder.check_inputs(inputs_of(config), bool(config.run.resume_from_checkpoint))
     check_quantized(ds_config)
     check_schedule(config.optimizer)
     check_report_to(config.run.report_to)
@@ -96,7 +98,6 @@ def plan_run(config: RunConfig, world: World) -> RunPlan:
     notes.append(beside_text_note(adapted))
     trainable, everything = count_parameters(adapted)
     identity = identify(config, world, ds_config)
-    folder = RunFolder(config.run.output_dir)
     folder.check_writable()
     resume, passed_over = None, []
     if config.run.resume_from_checkpoint:
@@ -119,6 +120,14 @@ def plan_run(config: RunConfig, world: World) -> RunPlan:
         positions.table,
         [note for note in notes if note is not None],
     )
+
+
+def inputs_of(config: RunConfig) -> list[str]:
+    """Every file, folder or hub name that the run reads, but the checkpoint that it continues."""
+    model, data, run = config.model, config.data, config.run
+    named = [model.model_name_or_path, model.tokenizer_path, config.adapter.adapter_name_or_path]
+    named += [config.parallel.tp_plan, run.config, run.ds_config]
+    return [path for path in (*named, *(data.dataset or ()), *(data.eval_dataset or ())) if path is not None]
 
 
 def decide_bf16(asked: bool | None) -> bool:

@@ -23,6 +23,7 @@ from typing import Any, TextIO
 
 from comol_ds.checkpoint_names import MARKER
 from comol_ds.config import RunSettings
+from comol_ds.files import remove_or_warn
 from comol_ds.parallel.groups import World, barrier, gather_objects, job_end_time
 
 _ENDS_AT_ONCE = (signal.SIGTERM, signal.SIGINT)  # as a second one
@@ -232,9 +233,9 @@ class StopRequests:
         return next((reason for reason in gather_objects(self.reason, "agree to stop") if reason is not None), None)
 
     def forget_file(self) -> None:
-        """Rank 0 deletes the STOP file, so that the next start trains on."""
+        """Rank 0 deletes the STOP file, so that the next start trains on; one that stays ends no run that is done."""
         if self._world.rank == 0:
-            self._file.unlink(missing_ok=True)
+            remove_or_warn(self._file)
 
     def leave(self, why: str) -> None:
         """The last words of a run that is to be started again. A collective call.

@@ -60,8 +60,10 @@ def plan_resume(
     Raises:
         UserError: no usable checkpoint; the run folder belongs to another run, or to this one's future.
     """
+    folder.check_ours()
     checkpoint, passed_over = find_checkpoint(resume_from, folder.checkpoints, damaged)
     if checkpoint is None:
+        folder.check_unfinished()
         return None, passed_over
     if checkpoint.parent.resolve() != folder.checkpoints.resolve():
         folder.check_free(overwrite=False)

@@ -9,10 +9,10 @@ import numpy as np
 from comol_ds.parallel.monitor import MonitorMaster, write_image
 from comol_ds.router_load.counting import TRAIN
 from comol_ds.router_load.statistics import as_record
+from comol_ds.training.log_files import append_json_line
 from comol_ds.training.plan import RunPlan
 from comol_ds.training.router_alarms import RouterAlarms
 from comol_ds.training.router_load import RouterLoad
-from comol_ds.training.run_folder import append_json_line
 
 _CELL = 8  # pixels of one expert of one layer
 

@@ -2,16 +2,31 @@
 
 import json
 import os
-import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Any
 
 import yaml
 
-from comol_ds.checkpoint_names import by_step
+from comol_ds.checkpoint_names import MARKER, by_step
 from comol_ds.config import RunConfig
 from comol_ds.errors import UserError
+from comol_ds.files import remove, replace_file
+from comol_ds.output_folder import RUN_MARK, is_taken, marked_files, refuse_inputs_in, write_mark
+from comol_ds.text_files import read_json
+from comol_ds.training.commit import STATE
+from comol_ds.training.generation import newest_generation
+from comol_ds.training.log_files import has_step, keep_until
+
+# Every name that a run writes in its folder, whichever file of the package does it. Checkpoints are deleted first.
+_SETTINGS = ("config.yaml", "ds_config.json")
+WRITTEN = (
+    "checkpoints", "adapter", "tensorboard", "stacks", "heartbeats", "generations", *_SETTINGS,
+    "metrics.jsonl", "evaluations.jsonl", "router_load.jsonl", "generations.jsonl", "STOP",
+)  # fmt: skip
+_PROBE = ".comol_probe"
+_PASSING = (_PROBE, ".nfs")  # what another rank writes there for a moment
 
 
 class RunFolder:
@@ -39,7 +54,7 @@ class RunFolder:
             is_folder = existing.is_dir()
             for folder in (existing, self.checkpoints) if is_folder else ():
                 if folder.is_dir():
-                    with TemporaryFile(dir=folder):
+                    with TemporaryFile(dir=folder, prefix=_PROBE):
                         pass
         except OSError as error:
             raise UserError(
@@ -48,70 +63,135 @@ class RunFolder:
         if not is_folder:
             raise UserError(f"--output_dir {self.path}: {existing} is a file; choose a folder")
 
-    def check_free(self, overwrite: bool) -> None:
-        """Refuse to mix two runs. Reads only; not to be asked when resuming.
+    def check_ours(self, overwrite: bool = False) -> None:
+        """Refuse a folder in which a run would overwrite or delete what no run has written. Reads only.
+
+        A run is known by its mark. One from before there were marks has a claim and a committed checkpoint with the
+        state of a run.
 
         Raises:
-            UserError: checkpoints of an earlier run, and ``overwrite`` is false.
+            UserError: naming what is there; or, to be overwritten, a folder of an earlier run that lies elsewhere.
         """
+        if self._is_run():
+            linked = next((path for path in self._deleted() if path.is_symlink() and path.is_dir()), None)
+            if overwrite and linked is not None:
+                raise UserError(
+                    f"--overwrite_output_dir: {linked} is a link to {linked.resolve()}, where nothing is deleted;"
+                    " delete the link yourself or choose another --output_dir"
+                )
+            return
+        if overwrite and self.path.is_dir() and not all(path.name.startswith(_PASSING) for path in self.path.iterdir()):
+            raise UserError(
+                f"--overwrite_output_dir: {self.path} is not empty and has no {RUN_MARK}, the mark of an earlier run;"
+                " choose another --output_dir or empty it yourself"
+            )
+        taken = next((path for path in self._written() if is_taken(path)), None)
+        if taken is not None:
+            raise UserError(
+                f"--output_dir {self.path} is no run folder, and {taken} would be overwritten; move it elsewhere or"
+                " choose another folder"
+            )
+
+    def check_free(self, overwrite: bool) -> None:
+        """Refuse to mix two runs, or a run with what is none. Reads only; not to be asked when resuming.
+
+        Raises:
+            UserError: checkpoints or the adapter of an earlier run, and ``overwrite`` is false; or as `check_ours`.
+        """
+        self.check_ours(overwrite)
         if not overwrite and by_step(self.checkpoints):
             raise UserError(
                 f"--output_dir {self.path} holds checkpoints of an earlier run; continue it with"
                 " --resume_from_checkpoint, delete it with --overwrite_output_dir, or choose another folder"
             )
+        if not overwrite:
+            self.check_unfinished()
+
+    def check_unfinished(self) -> None:
+        """Refuse to train anew where the adapter of a finished run lies.
+
+        Raises:
+            UserError: it does.
+        """
+        if is_taken(self.adapter):
+            raise UserError(
+                f"--output_dir {self.path} holds the adapter of an earlier run and no checkpoint to continue; delete"
+                " both with --overwrite_output_dir, or choose another folder"
+            )
+
+    def check_inputs(self, inputs: Iterable[str | Path], resumes: bool) -> None:
+        """Refuse to read what this run deletes or overwrites. A resumed run may be given its own settings again.
+
+        Raises:
+            UserError: see `refuse_inputs_in`.
+        """
+        refuse_inputs_in(inputs, [path for path in self._written() if not (resumes and path.name in _SETTINGS)])
+
+    def take(self) -> None:
+        """Create the folder, unless something has come there since it was checked, and say that it is a run's.
+
+        Raises:
+            UserError: see `check_ours`; or it cannot be written.
+        """
+        self.check_ours()
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            write_mark(self.path, RUN_MARK)
+        except OSError as error:
+            raise UserError(f"--output_dir {self.path} cannot be written: {error}; choose another folder") from error
 
     def prepare(self, config: RunConfig, ds_config: dict[str, Any], from_step: int) -> None:
-        """Create the folder, write the resolved configuration, drop log lines past the step we start from."""
+        """Delete an earlier run if asked to, write the resolved configuration, drop log lines past the step we start
+        from.
+
+        Raises:
+            UserError: something cannot be deleted, or written.
+        """
         if config.run.overwrite_output_dir:
             self._delete_earlier_run()
-        self.path.mkdir(parents=True, exist_ok=True)
-        (self.path / "config.yaml").write_text(yaml.safe_dump(config.flat(), sort_keys=False), encoding="utf-8")
-        (self.path / "ds_config.json").write_text(json.dumps(ds_config, indent=2) + "\n", encoding="utf-8")
         kept = from_step if from_step else -1  # a run that starts anew evaluates at step 0 again
-        for log in (self.metrics, self.router_load, self.evaluations):
-            _keep_until(log, kept)
-        # answers are written before the evaluation that they belong to, which may have to be done again
-        _keep_until(self.answers, kept if self.was_evaluated(kept) else kept - 1)
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            replace_file(self.path / "config.yaml", [yaml.safe_dump(config.flat(), sort_keys=False)])
+            replace_file(self.path / "ds_config.json", [json.dumps(ds_config, indent=2) + "\n"])
+            for log in (self.metrics, self.router_load, self.evaluations):
+                keep_until(log, kept)
+            # answers are written before the evaluation that they belong to, which may have to be done again
+            keep_until(self.answers, kept if self.was_evaluated(kept) else kept - 1)
+        except OSError as error:
+            raise UserError(f"--output_dir {self.path} cannot be written: {error}; make room there") from error
 
     def was_evaluated(self, step: int) -> bool:
         """Whether evaluations.jsonl has a line of this step."""
-        if not self.evaluations.exists():
-            return False
-        lines = self.evaluations.read_text(encoding="utf-8").splitlines()
-        return any(json.loads(line)["step"] == step for line in lines)
+        return has_step(self.evaluations, step)
+
+    def _written(self) -> list[Path]:
+        return [self.path / name for name in WRITTEN]
+
+    def _deleted(self) -> list[Path]:
+        """Of an earlier run; its claims stay, so that an older process is still locked out."""
+        return [path for path in self._written() if path.name not in (*_SETTINGS, "generations", "STOP")]
+
+    def _is_run(self) -> bool:
+        if marked_files(self.path, RUN_MARK) is not None:
+            return True
+        return newest_generation(self.generations) > 0 and any(map(_holds_state, by_step(self.checkpoints)))
 
     def _delete_earlier_run(self) -> None:
         """Delete what a run writes, and only that: --output_dir may hold other things."""
-        for folder in (self.checkpoints, self.adapter, self.path / "tensorboard"):
-            shutil.rmtree(folder, ignore_errors=True)
-        for log in (self.metrics, self.router_load, self.evaluations, self.answers):
-            log.unlink(missing_ok=True)
-
-
-def append_json_line(path: Path, record: dict[str, Any]) -> None:
-    """Append one JSON object as one line.
-
-    Raises:
-        RuntimeError: the disk is full, or cannot be written any more.
-    """
-    try:
-        with path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
-    except OSError as error:
-        raise RuntimeError(
-            f"{path} cannot be written: {error}; make room and continue with --resume_from_checkpoint"
-        ) from error
-
-
-def _keep_until(path: Path, step: int) -> None:
-    """Drop the lines of steps after ``step``: a resumed run writes them again. A half-written last line goes too."""
-    if not path.exists():
-        return
-    kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
         try:
-            if json.loads(line)["step"] <= step:
-                kept.append(line + "\n")
-        except json.JSONDecodeError:
-            break
-    path.write_text("".join(kept), encoding="utf-8")
+            for path in self._deleted():
+                remove(path)
+        except OSError as error:
+            raise UserError(
+                f"--overwrite_output_dir: {error.filename} cannot be deleted: {error.strerror}; delete it yourself or"
+                " choose another --output_dir"
+            ) from error
+
+
+def _holds_state(checkpoint: Path) -> bool:
+    """Whether it is a committed checkpoint of ours."""
+    try:
+        return (checkpoint / MARKER).is_file() and {"step", "identity"} <= read_json(checkpoint / STATE).keys()
+    except (OSError, ValueError, AttributeError):
+        return False

@@ -159,6 +159,7 @@ def kept_tokenizer(plan: RunPlan, tokenizer: PreTrainedTokenizerBase, data: Prep
 def claim_run_folder(plan: RunPlan, tokenizer: dict[str, bytes]) -> CheckpointWriter:
     """From here on no earlier process of this run can commit a checkpoint. A collective call."""
     folder, settings = plan.folder, plan.config.run
+    groups.together("take the run folder", lambda: folder.take() if plan.world.rank == 0 else None)
     checkpoints = CheckpointWriter(
         folder.checkpoints,
         folder.generations,

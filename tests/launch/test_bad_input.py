@@ -277,6 +277,40 @@ def test_wandb_that_is_not_installed(message, monkeypatch):
     assert found == "--report_to tensorboard wandb: wandb is not installed; pip install 'comol_ds[wandb]'"
 
 
+@pytest.mark.parametrize(
+    ("flag", "name"),
+    [
+        ("adapter_name_or_path", "adapter"),
+        ("model_name_or_path", "checkpoints/step_1/model"),
+        ("tokenizer_name", "adapter"),
+        ("dataset", "generations.jsonl"),
+        ("eval_dataset", "evaluations.jsonl"),
+        ("tp_plan", "stacks/plan.json"),
+        ("config", "config.yaml"),
+        ("ds_config", "ds_config.json"),
+    ],
+)
+def test_an_input_that_the_run_would_delete_or_overwrite(flag, name, message, inputs):
+    path = inputs.out / name
+    path.parent.mkdir(parents=True)
+    if path.suffix:
+        path.write_text((inputs.ds_json() if flag == "ds_config" else inputs.write("c.yaml", "seed: 1")).read_text())
+    else:
+        path.mkdir()
+    found = message("--overwrite_output_dir", **{flag: path})
+    held = inputs.out / name.split("/")[0]
+    assert found == f"{held} holds {path}, which is read; choose another --output_dir"
+
+
+def test_what_a_user_has_written_by_hand(message, inputs):
+    inputs.out.mkdir()
+    (inputs.out / "metrics.jsonl").write_text("by hand")
+    left = f"{inputs.out / 'metrics.jsonl'} would be overwritten; move it elsewhere or choose another folder"
+    assert message() == f"--output_dir {inputs.out} is no run folder, and {left}"
+    assert message("--resume_from_checkpoint").endswith(left)
+    assert "has no .comol_run, the mark of an earlier run" in message("--overwrite_output_dir")
+
+
 def test_model_folder(message, inputs):
     path = inputs.folder / "model"
     assert message(model_name_or_path=path) == f"--model_name_or_path {path}: no such folder; check the path"
@@ -341,6 +375,7 @@ def test_output_dir_that_cannot_hold_a_run(message, inputs):
 def checkpoint(inputs):
     """A committed checkpoint of the run that `inputs.argv()` describes, in its run folder; not loadable."""
     plan = plan_run(parse_run_config(inputs.argv()), World(0, 1, 0))
+    plan.folder.take()
     state = json.dumps({"step": 2, "identity": asdict(plan.identity), "router_losses": {}})
     return commit_files(plan.folder.checkpoints, 2, {"state.json": state})
 

@@ -351,3 +351,44 @@ def test_a_disk_that_fills_up_before_the_marker_leaves_the_last_commit(checkpoin
     with pytest.raises(RuntimeError, match=r"No space left on device: .*; step_1 is untouched"):
         commit_files(checkpoints, 2, *PARTS, keep=1)
     assert find_checkpoint("latest", checkpoints)[0] == before
+
+
+@pytest.fixture
+def stuck(monkeypatch):
+    """A file called stuck.pt cannot be deleted; permissions do not hold root back."""
+    unlink = os.unlink
+
+    def refuse(path, *args, **kwargs):
+        if Path(path).name == "stuck.pt":
+            raise PermissionError(1, "Operation not permitted", str(path))
+        unlink(path, *args, **kwargs)
+
+    monkeypatch.setattr(os, "unlink", refuse)
+
+
+def test_an_old_checkpoint_that_cannot_be_deleted_ends_no_run(checkpoints, stuck, capsys):
+    claim = claimed(checkpoints)
+    commit_files(checkpoints, 1, {"state.json": "1", "deepspeed/stuck.pt": "x"}, keep=1, claim=claim)
+    for step in (2, 3):
+        commit_files(checkpoints, step, {"state.json": str(step)}, keep=1, claim=claim)
+    old = checkpoints / "step_1"
+    line = f"warning: {old / 'deepspeed/stuck.pt'} cannot be deleted: Operation not permitted; delete {old} yourself\n"
+    assert capsys.readouterr().err == line
+    assert find_checkpoint("latest", checkpoints)[0] == checkpoints / "step_3"
+    assert {path.name for path in checkpoints.iterdir()} == {"step_1", "step_3"} and not (old / MARKER).exists()
+    (checkpoints / "step_4.writing-1").mkdir()
+    assert remove_leftovers(checkpoints) == ["step_4.writing-1"], "the next start goes on"
+    assert capsys.readouterr().err == line
+    assert fault_of(commit_files(checkpoints, 1, {"state.json": "again"})) is None
+
+
+def test_of_a_linked_checkpoint_only_the_link_is_deleted(checkpoints, tmp_path):
+    claim = claimed(checkpoints)
+    kept = commit_files(checkpoints, 1, *PARTS, claim=claim).rename(tmp_path / "archive")
+    (checkpoints / "step_1").symlink_to(kept)
+    (checkpoints / "step_9").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere").mkdir()
+    commit_files(checkpoints, 2, *PARTS, keep=1, claim=claim)
+    assert fault_of(kept) is None and damage_of(kept) is None
+    assert remove_leftovers(checkpoints) == []
+    assert {path.name for path in checkpoints.iterdir()} == {"step_2", "step_9"}
