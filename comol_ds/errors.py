@@ -21,4 +21,5 @@ def shown(value: object) -> str:
 
 def one_line(error: object, limit: int | None = None) -> str:
     """A text, or an error's, without its line breaks, cut after ``limit`` characters."""
-    return " ".join(str(error).split())[:limit]
+    text = " ".join(str(error).split())
+    return text if limit is None or len(text) <= limit else f"{text[:limit]} ..."

@@ -68,5 +68,8 @@ def _fetch(model_path: str, files: list[str]) -> list[Path]:
     try:
         found = cached_files(model_path, files, _raise_exceptions_for_missing_entries=False)
     except (OSError, ValueError) as error:
-        raise UserError(f"--model_name_or_path {model_path} cannot be loaded: {one_line(error, limit=300)}") from error
+        raise UserError(
+            f"--model_name_or_path {model_path} cannot be loaded; check the name and the connection to the hub, or give"
+            f" a folder: {one_line(error, limit=300)}"
+        ) from error
     return [Path(file) for file in found or []]

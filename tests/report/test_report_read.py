@@ -210,7 +210,7 @@ REFUSED = {
     ),
     "endless name": (
         _other_layers([*NAMES, "new\n" * 10**5]),
-        f"layer {'new ' * 10**5}"[:300] + f"; {SEPARATE}",
+        f"layer {'new ' * 10**5}"[:300] + f" ...; {SEPARATE}",
     ),
     "new layer": (_other_layers([*NAMES, "new"]), f"layer new is not in the lines before; {SEPARATE}"),
     "lost layer": (_other_layers(NAMES[1:]), f"layer {Q0} of the lines before is missing; {SEPARATE}"),

@@ -533,5 +533,5 @@ def test_a_hub_name_without_weights_or_connection_is_refused(hub_snapshot):
 
 def test_a_path_that_is_no_folder_and_no_hub_name_is_refused(hub_snapshot):
     assert message_of(WeightFiles, "../no/such/folder").startswith(
-        "--model_name_or_path ../no/such/folder cannot be loaded: "
+        "--model_name_or_path ../no/such/folder cannot be loaded; check the name and the connection to the hub, or give"
     )
