@@ -19,6 +19,7 @@ from comol_ds.parallel.weight_names import find_weights
 from comol_ds.planner.plan import Planner
 from comol_ds.planner.report import table
 from comol_ds.planner.request import Request
+from comol_ds.training.content import identify_content
 from comol_ds.training.evaluation import Evaluation, comparison_table
 from comol_ds.training.plan import RunPlan, load_tokenizer
 from comol_ds.training.train_data import train_data
@@ -34,6 +35,7 @@ def describe_run(plan: RunPlan) -> str:
     tokenizer = load_tokenizer(plan.config.model.tokenizer_path, plan.config.model.trust_remote_code)
     data, _ = train_data(plan, tokenizer)
     check_weights(plan.config.model)
+    identify_content(plan, data)
     example = next(iter(data.train))
     return "\n".join(
         [

@@ -11,18 +11,17 @@ from comol_ds.adapters.kept_tokenizer import tokenizer_files
 from comol_ds.data.batches import TrainBatches
 from comol_ds.data.prepare import PreparedData
 from comol_ds.data.streaming import StreamingBatches
-from comol_ds.errors import UserError
 from comol_ds.parallel import groups
 from comol_ds.parallel.assemble import Assembled, assemble, total_steps
 from comol_ds.parallel.monitor import open_monitor
 from comol_ds.training.checkpoint import CheckpointWriter, load_checkpoint
+from comol_ds.training.content import identify_content
 from comol_ds.training.describe import answer_lines, batches_line, parameters_line, resume_lines
 from comol_ds.training.evaluation import Evaluation
-from comol_ds.training.identity import RunIdentity, stamp_of_weights
 from comol_ds.training.metrics import Metrics
 from comol_ds.training.plan import RunPlan, load_tokenizer
 from comol_ds.training.preemption import StopRequests
-from comol_ds.training.resume import read_checkpoint, settle_resume
+from comol_ds.training.resume import settle_resume
 from comol_ds.training.router_load import RouterLoad
 from comol_ds.training.router_log import RouterLog
 from comol_ds.training.train_data import train_data
@@ -101,30 +100,6 @@ def set_up(plan: RunPlan, requests: StopRequests) -> Run | None:
         router_log,
         requests,
     )
-
-
-def identify_content(plan: RunPlan, data: PreparedData) -> RunIdentity:
-    """The plan's identity with stamps of data and weights, compared with the checkpoint's. A collective call.
-
-    Raises:
-        UserError: the ranks have read different records, or the checkpoint's run did; on every rank.
-    """
-    model, stamps = plan.config.model, groups.gather_objects(data.report.stamps, "compare the data")
-    for rank, theirs in enumerate(stamps):
-        for name in (name for name in stamps[0] if theirs.get(name) != stamps[0][name]):
-            raise UserError(
-                f"{name} holds {theirs.get(name)} for rank {rank} and {stamps[0][name]} for rank 0: the nodes have"
-                " other files of this name; give one that all nodes share"
-            )
-    reads_weights = plan.world.rank == 0 and not model.init_random
-    stamp = groups.together(
-        "look at the weights", lambda: stamp_of_weights(model.model_name_or_path) if reads_weights else None
-    )
-    weights = groups.gather_objects(stamp, "tell the weights")[0]
-    identity = replace(plan.identity, data_content=stamps[0], base_weights=weights)
-    if plan.resume is not None:
-        groups.together("compare with the checkpoint", lambda: read_checkpoint(plan.resume.path, identity, plan.folder))
-    return identity
 
 
 def is_finished(plan: RunPlan, data: PreparedData, total_steps: int) -> bool:

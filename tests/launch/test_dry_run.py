@@ -138,6 +138,16 @@ def test_it_refuses_a_used_run_folder_and_looks_at_a_run_to_be_resumed(inputs, c
     assert (plan.folder.checkpoints / "step_2" / "COMMITTED").exists()
 
 
+def test_it_refuses_to_continue_with_other_records_under_the_same_name(inputs, capfd, monkeypatch):
+    plan = plan_run(parse_run_config(inputs.argv()), World(0, 1, 0))
+    identity = asdict(plan.identity) | {"data_content": {f"dataset {plan.config.data.dataset[0]!r}": "7 records, ab"}}
+    state = json.dumps({"step": 2, "identity": identity, "router_losses": {}})
+    commit_files(plan.folder.checkpoints, 2, {"state.json": state})
+    found = refused(inputs, capfd, monkeypatch, inputs.argv("--dry_run", "--resume_from_checkpoint"))
+    assert f"data_content.dataset {plan.config.data.dataset[0]!r} = 7 records, ab, this run has " in found
+    assert "the content has changed under the same name: restore it or choose another --output_dir" in found
+
+
 def test_it_refuses_weights_that_do_not_belong_to_the_model(inputs, capfd, monkeypatch):
     model = shutil.copytree(inputs.model, inputs.folder / "model")
     config = json.loads((model / "config.json").read_text())
