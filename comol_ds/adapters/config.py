@@ -1,7 +1,8 @@
 """CoMoLConfig: what a user says about a CoMoL adapter, checked where it is said."""
 
 import re
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
 
 from peft.config import PeftConfig
 from peft.utils import PeftType
@@ -80,6 +81,10 @@ class CoMoLConfig(PeftConfig):
     layers_pattern: list[str] | str | None = field(default=None, metadata={"help": "Name of the layer list."})
     init_adapter_weights: bool = field(default=True, metadata={"help": "False: B is random instead of zero."})
 
+    def __new__(cls, *args: object, **settings: object) -> "CoMoLConfig":
+        _refuse_unknown(settings, [field.name for field in fields(cls)])
+        return super().__new__(cls)
+
     def __post_init__(self) -> None:
         # PEFT notes its version in the configurations that it saves; what was saved is not judged by its names again.
         self.said_now = self.peft_version is None
@@ -135,6 +140,18 @@ class CoMoLConfig(PeftConfig):
             raise UserError("layers_to_transform works with a list of target_modules, not with a regular expression")
         if self.layers_pattern and self.layers_to_transform is None:
             raise UserError(f"layers_pattern {shown(self.layers_pattern)} has no effect without layers_to_transform")
+
+
+def _refuse_unknown(settings: Mapping[str, object], known: Sequence[str]) -> None:
+    """Refuse settings of other methods by name.
+
+    In a saved configuration, which has PEFT's version in it, one that is switched off is left to PEFT: it leaves out
+    what a newer version added, and says so.
+    """
+    is_saved = "peft_version" in settings
+    for name, value in settings.items():
+        if name not in known and not (is_saved and value in (None, False, "none", "", [], {})):
+            raise UserError(f"CoMoL has no {name} (it is {shown(value)}); its settings are {', '.join(known)}")
 
 
 def _is_number(value: object) -> bool:

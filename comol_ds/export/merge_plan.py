@@ -62,9 +62,9 @@ def plan_merge(base: Path, static: StaticLora, replacements: Mapping[str, torch.
 
     updates, values = {}, {}
     for module in static.down:
-        tensor = take(f"{module}.weight", (static.up[module].shape[0], static.down[module].shape[1]))  # [O, I]
-        _refuse_tied(config, base, tensor)
-        updates[tensor.name] = module
+        name, shape = f"{module}.weight", (static.up[module].shape[0], static.down[module].shape[1])  # [O, I]
+        _refuse_tied(config, base, name, shape)  # first: the files hold only one of two tied weights
+        updates[take(name, shape).name] = module
     for name, value in _without_tied_copies(config, base, names, replacements).items():
         values[take(name, tuple(value.shape)).name] = value
     return MergePlan(files, updates, values)
@@ -141,10 +141,10 @@ def _is_tied(config: PretrainedConfig, name: str, shape: Iterable[int]) -> bool:
     return next(iter(shape), None) == text.vocab_size and not in_a_layer
 
 
-def _refuse_tied(config: PretrainedConfig, base: Path, tensor: StoredTensor) -> None:
-    if _is_tied(config, tensor.name, tensor.shape):
+def _refuse_tied(config: PretrainedConfig, base: Path, name: str, shape: tuple[int, ...]) -> None:
+    if _is_tied(config, name, shape):
         raise UserError(
-            f"{base} ties {tensor.name!r} to another weight (tie_word_embeddings in its config.json), and an update of"
+            f"{base} ties {name!r} to another weight (tie_word_embeddings in its config.json), and an update of"
             " one would change both; use another --format, or train without this module"
         )
 

@@ -6,6 +6,7 @@ import torch
 from peft import PeftModel
 
 from comol_ds.adapters.adapter_folder import read_adapter, read_config
+from comol_ds.adapters.base_fit import check_base, linear_sizes
 from comol_ds.adapters.comol_layer import ADAPTER, CoMoLLinear
 from comol_ds.config import AdapterSettings
 from comol_ds.errors import UserError
@@ -19,7 +20,8 @@ def check_start_adapter(model: PeftModel, settings: AdapterSettings) -> None:
         settings: with adapter_name_or_path.
 
     Raises:
-        UserError: an unreadable folder, another alpha, or the first tensor that is missing, too many or of other shape.
+        UserError: an unreadable folder, another alpha or base, or the first tensor that is missing, too many or of
+            other shape.
     """
     folder = settings.adapter_name_or_path
     config, tensors = read_config(folder), read_adapter(folder)[1]
@@ -28,6 +30,8 @@ def check_start_adapter(model: PeftModel, settings: AdapterSettings) -> None:
             f"--adapter_name_or_path {folder} has lora_alpha {config.lora_alpha}, the run has {settings.lora_alpha};"
             f" give --lora_alpha {config.lora_alpha}"
         )
+    base = model.get_base_model()
+    check_base(config, tensors, linear_sizes(base), f"--adapter_name_or_path {folder}", base.name_or_path)
     expected = {name: list(parameter.shape) for name, parameter in _named_adapters(model)}
     found = {name: list(tensor.shape) for name, tensor in tensors.items()}
     for name in sorted(expected.keys() | found.keys()):

@@ -10,6 +10,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
+from comol_ds.adapters.base_fit import check_base, linear_sizes
 from comol_ds.base_config import NO_OWN_CODE, told
 from comol_ds.data.chat import ChatRenderer
 from comol_ds.errors import UserError, one_line
@@ -37,7 +38,7 @@ def load_for_inference(
         model_options: for from_pretrained, such as device_map, or trust_remote_code for a base with its own code.
 
     Raises:
-        UserError: there is no such adapter or base.
+        UserError: there is no such adapter or base, or the adapter was trained on another one.
     """
     source = find_adapter(checkpoint, base)
     model = load_adapted(source, dtype, **model_options)
@@ -46,7 +47,9 @@ def load_for_inference(
 
 def load_adapted(source: AdapterSource, dtype: torch.dtype | str = "auto", **model_options: Any) -> PeftModel:
     """The adapter on its base, in evaluation mode; arguments and errors as of `load_for_inference`."""
-    return PeftModel.from_pretrained(load_base(source.base, dtype, **model_options), source.folder).eval()
+    base = load_base(source.base, dtype, **model_options)
+    check_base(source.config, source.tensors, linear_sizes(base), str(source.folder), source.base)
+    return PeftModel.from_pretrained(base, source.folder).eval()
 
 
 def load_base(base: str, dtype: torch.dtype | str = "auto", **model_options: Any) -> PreTrainedModel:

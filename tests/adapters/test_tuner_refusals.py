@@ -1,11 +1,14 @@
 """What the tuner refuses: merging, values out of range, targets that do not exist. Always on one line with a remedy."""
 
+import json
+
 import pytest
 import torch
 from peft import get_peft_model
 from torch import nn
 
 from comol_ds import CoMoLConfig
+from comol_ds.adapters.adapter_folder import read_config
 from comol_ds.adapters.comol_layer import CoMoLLinear
 from comol_ds.errors import UserError
 from tests.adapters.models import comol_config, tiny_llama, tokens
@@ -78,6 +81,23 @@ def test_bad_values_are_one_line_errors(values, message):
     with pytest.raises(UserError, match=message) as error:
         CoMoLConfig(**values)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["rank_pattern", "use_dora", "lora_rank"])
+def test_settings_of_other_methods_are_named(name, tmp_path):
+    said = f"CoMoL has no {name} (it is 8); its settings are task_type, .*, r, lora_alpha, .*, init_adapter_weights"
+    said = said.replace("(", r"\(").replace(")", r"\)")
+    with pytest.raises(UserError, match=said):
+        CoMoLConfig(**{name: 8})
+    file = tmp_path / "adapter_config.json"
+    saved = CoMoLConfig(target_modules=["q_proj"], task_type="CAUSAL_LM").to_dict() | {"target_modules": ["q_proj"]}
+    file.write_text(json.dumps(saved | {name: 8}))
+    with pytest.raises(UserError, match=said):
+        read_config(tmp_path)
+    # switched off, as a newer PEFT may write what it has added
+    file.write_text(json.dumps(saved | {name: False}))
+    with pytest.warns(UserWarning, match=name):
+        assert read_config(tmp_path).target_modules == {"q_proj"}
 
 
 @pytest.mark.parametrize("target_modules", [["query"], r".*\.query"])

@@ -1,5 +1,6 @@
 """An adapter folder to start from must hold exactly what the run trains; anything else is refused on one line."""
 
+from copy import deepcopy
 from dataclasses import replace
 
 import pytest
@@ -59,6 +60,19 @@ def test_another_adapter_is_refused(folder, changes, fault):
     with pytest.raises(UserError) as error:
         check(folder, **changes)
     assert str(error.value) == f"--adapter_name_or_path {folder}{fault}"
+
+
+@pytest.mark.parametrize(("layers", "difference"), [(1, "no Linear there"), (3, "to adapt, which it had not")])
+def test_another_base_is_refused(folder, layers, difference):
+    settings = replace(WRITTEN, adapter_name_or_path=str(folder))
+    config = deepcopy(FAMILIES["llama"])
+    config.num_hidden_layers, config.name_or_path = layers, "org/second"
+    with torch.device("meta"):
+        model = attach_adapter(AutoModelForCausalLM.from_config(config), settings, seed=1)
+    with pytest.raises(UserError) as error:
+        check_start_adapter(model, settings)
+    said = f"--adapter_name_or_path {folder}: this adapter was trained on another base: "
+    assert str(error.value).startswith(said) and difference in str(error.value) and "org/second has" in str(error.value)
 
 
 def test_a_folder_without_an_adapter_is_refused(tmp_path):
