@@ -23,7 +23,7 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from comol_ds.errors import UserError
+from comol_ds.errors import UserError, one_line
 from comol_ds.export.core_sums import Batch, run
 from comol_ds.export.static_core import Cores, constant_cores
 
@@ -119,10 +119,16 @@ def lora_beside(model: PeftModel, folder: str | os.PathLike) -> PeftModel:
     Args:
         model: the exact model; it stays as it is.
         folder: a LoRA folder for the same base.
+
+    Raises:
+        UserError: PEFT does not take a LoRA there, such as beside the out_proj of a Mamba.
     """
     shared = {id(tensor): tensor for tensor in chain(model.parameters(), model.buffers())}
     base = copy.deepcopy(model, shared).unload()
-    return PeftModel.from_pretrained(base, folder).eval()
+    try:
+        return PeftModel.from_pretrained(base, folder).eval()
+    except ValueError as error:
+        raise UserError(f"PEFT refuses a LoRA for this adapter; use --format comol: {one_line(error)}") from error
 
 
 @torch.no_grad()

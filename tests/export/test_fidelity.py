@@ -5,9 +5,10 @@ import math
 
 import pytest
 import torch
-from peft import PeftModel
-from transformers import AutoModelForCausalLM
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import AutoModelForCausalLM, Mamba2Config
 
+from comol_ds import CoMoLConfig
 from comol_ds.adapters.adapter_folder import read_adapter
 from comol_ds.adapters.comol_layer import comol_layers
 from comol_ds.errors import UserError
@@ -232,3 +233,14 @@ def test_what_cannot_be_scored_is_refused(case, message, pair):
     with pytest.raises(UserError) as error:
         score(logits, others, batches)
     assert str(error.value) == message
+
+
+def test_what_peft_takes_no_lora_beside_is_one_line(tmp_path):
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "num_heads": 8, "head_dim": 8, "state_size": 8, "n_groups": 1, "num_hidden_layers": 1}
+    base = AutoModelForCausalLM.from_config(Mamba2Config(vocab_size=64, **sizes))
+    model = get_peft_model(base, CoMoLConfig(r=2, num_experts=2, target_modules=["out_proj"], task_type="CAUSAL_LM"))
+    LoraConfig(r=2, target_modules=["out_proj"], task_type="CAUSAL_LM").save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=r"PEFT refuses a LoRA for this adapter; use --format comol: .*'out_proj'") as e:
+        lora_beside(model, tmp_path)
+    assert "\n" not in str(e.value)
