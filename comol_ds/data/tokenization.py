@@ -51,7 +51,8 @@ class RecordTokenizer:
     on the first token, which nothing predicts, so `trained_tokens` counts the positions that enter the loss;
     `prompt_length` is the number of tokens before the last answer, uncut, and 0 where nothing is asked; `reference` the
     text of that answer, as it is decoded; `truncated` whether the end, or its end mark, was cut; `unlabeled_turns` and
-    `stripped_reasoning` as `chat.RenderedChat` counts them. A record with trained_tokens 0 is to be dropped.
+    `stripped_reasoning` as `chat.RenderedChat` counts them. A record with trained_tokens 0 is to be dropped. A text
+    without a prompt that is longer than max_length becomes several records, "<record id>.2" and so on.
 
     Args:
         tokenizer: any transformers tokenizer with an end-of-sequence token.
@@ -95,9 +96,12 @@ class RecordTokenizer:
             for chat, prompt, completion in zip(chats, batch["prompt"], batch["completion"], strict=True)
         ]
         ids = piece_ids(self.tokenizer, [[segment.text for segment in segments] for segments in split])
-        rows = [self._join(*parts) for parts in zip(split, ids, chats, strict=True)]
-        columns = {name: [row[name] for row in rows] for name in rows[0]} if rows else {}
-        return {"record_id": batch["record_id"], "task": batch["task"], **columns}
+        rows = [
+            {"record_id": record_id, "task": task, **self._join(*parts)}
+            for record_id, task, *parts in zip(batch["record_id"], batch["task"], split, ids, chats, strict=True)
+        ]
+        cut = [part for row in rows for part in self._cut(row)]
+        return {name: [row[name] for row in cut] for name in TOKEN_FEATURES}
 
     def _rendered(self, conversation: str, record_id: str) -> RenderedChat:
         chat = self.render(json.loads(conversation), record_id)
@@ -125,20 +129,38 @@ class RecordTokenizer:
             labels += piece if has_loss else [IGNORED] * len(piece)
         if not any(segment.kind == "learned" for segment in segments):
             prompt_length = len(ids)
-        truncated = len(ids) > self.max_length
-        ids, labels = ids[: self.max_length], labels[: self.max_length]
-        labels[:1] = [IGNORED] * len(labels[:1])
         return {
             "input_ids": ids,
             "labels": labels,
-            "length": len(ids),
-            "trained_tokens": sum(label != IGNORED for label in labels),
             "prompt_length": prompt_length,
             "reference": reference,
-            "truncated": truncated,
             "unlabeled_turns": chat.unlabeled_turns if chat else 0,
             "stripped_reasoning": chat.stripped_reasoning if chat else 0,
         }
+
+    def _cut(self, row: dict[str, Any]) -> list[dict[str, Any]]:
+        """A record of at most max_length tokens; a text that nothing asks for, as many as it needs.
+
+        The parts of a text overlap by one token, so that each token but the first is predicted once.
+        """
+        length = len(row["input_ids"])
+        starts = range(0, max(1, length - 1), self.max_length - 1) if row["prompt_length"] == 0 else [0]
+        parts = []
+        for number, start in enumerate(starts, start=1):
+            ids = row["input_ids"][start : start + self.max_length]
+            labels = [IGNORED, *row["labels"][start + 1 : start + self.max_length]][: len(ids)]
+            parts.append(
+                row
+                | {
+                    "record_id": row["record_id"] if number == 1 else f"{row['record_id']}.{number}",
+                    "input_ids": ids,
+                    "labels": labels,
+                    "length": len(ids),
+                    "trained_tokens": sum(label != IGNORED for label in labels),
+                    "truncated": start + len(ids) < length and start == starts[-1],
+                }
+            )
+        return parts
 
     def _with_end(self, answer: list[int], chat: RenderedChat | None) -> list[int]:
         """The answer and its end mark, before any cut: a cut answer loses it and is not taught to stop there."""

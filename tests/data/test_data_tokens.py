@@ -97,6 +97,22 @@ def test_first_token_has_no_label_even_without_prompt_and_bos():
     assert record["labels"] == [IGNORED, *record["input_ids"][1:]]
 
 
+@pytest.mark.parametrize("max_length", [2, 5, 7, 8, 9, 100])
+def test_a_long_text_becomes_records_that_predict_every_token_once(max_length):
+    tokenizer = tiny_tokenizer()
+    whole = encode("", "one two three four five six seven")
+    texts = {"record_id": ["x:1"], "task": ["t"], "prompt": [""], "completion": ["one two three four five six seven"]}
+    parts = RecordTokenizer(tokenizer, max_length)(texts | {"conversation": [""]})
+    count = len(parts["record_id"])
+    assert count == max(1, -(-(whole["length"] - 1) // (max_length - 1)))
+    assert parts["record_id"] == ["x:1", *(f"x:1.{number}" for number in range(2, count + 1))]
+    assert max(parts["length"]) <= max_length and not any(parts["truncated"])
+    assert [labels[0] for labels in parts["labels"]] == [IGNORED] * count
+    assert [label for labels in parts["labels"] for label in labels[1:]] == whole["input_ids"][1:]
+    joined = whole["input_ids"][:1] + [token for ids in parts["input_ids"] for token in ids[1:]]
+    assert joined == whole["input_ids"]
+
+
 CHAT = [
     {"role": "system", "content": "Be short."},
     {"role": "user", "content": "How many?"},
