@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import NoReturn
 
 from comol_ds.adapters.adapter_folder import write_adapter
+from comol_ds.adapters.base_fit import check_base
 from comol_ds.adapters.kept_tokenizer import read_tokenizer_files, write_tokenizer_files
 from comol_ds.errors import UserError
 from comol_ds.export.authors import import_authors_adapter
+from comol_ds.export.base_modules import read_base_modules
 from comol_ds.export.hf_exact import write_hf_exact
 from comol_ds.export.source import AdapterSource, base_folder, find_adapter
 from comol_ds.export.staged_folder import staged_folder
@@ -129,14 +131,21 @@ def _comol(source: AdapterSource, folder: Path, options: argparse.Namespace) -> 
 def _hf_exact(source: AdapterSource, folder: Path, options: argparse.Namespace) -> list[str]:
     tokenizer = base_folder(source.tokenizer) if source.tokenizer != source.base else None
     base = base_folder(source.base)
+    _check_base(source)
     report = write_hf_exact(base, source.config, source.tensors, folder, tokenizer_folder=tokenizer)
     return ["exact; from_pretrained(..., trust_remote_code=True), vllm serve ... --trust-remote-code", *report.lines()]
 
 
 def _vllm_lora(source: AdapterSource, folder: Path, options: argparse.Namespace) -> list[str]:
+    _check_base(source)
     rank = write_vllm_lora(source.tensors, source.config, source.base, folder)
     validate_folder(folder, ("vllm",))
     return [f"exact in vLLM 0.32 with comol_ds installed beside it; --max-lora-rank {rank} or more; experimental"]
+
+
+def _check_base(source: AdapterSource) -> None:
+    """The formats that load no model ask the base's configuration; the others compare when they load it."""
+    check_base(source.config, source.tensors, read_base_modules(source.base).sizes, str(source.folder), source.base)
 
 
 def _lora(source: AdapterSource, folder: Path, options: argparse.Namespace) -> list[str]:

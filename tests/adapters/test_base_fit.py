@@ -8,6 +8,7 @@ from comol_ds import load_for_inference
 from comol_ds.adapters.adapter_folder import write_adapter
 from comol_ds.adapters.base_fit import check_base, linear_sizes
 from comol_ds.errors import UserError
+from comol_ds.serving.command import export, parse
 from tests.adapters.models import comol_config, tiny_llama
 
 
@@ -66,3 +67,15 @@ def test_inference_refuses_another_base(layers, tmp_path):
     tiny_llama(num_hidden_layers=layers).save_pretrained(tmp_path / "base")
     with pytest.raises(UserError, match=r"adapter: this adapter was trained on org/first: .*give the base that it was"):
         load_for_inference(tmp_path / "adapter", base=str(tmp_path / "base"))
+
+
+@pytest.mark.parametrize("to", ["hf-exact", "vllm-lora"])
+def test_exports_refuse_another_base(to, tmp_path):
+    config, tensors = trained()
+    write_adapter(tensors, config, tmp_path / "adapter")
+    tiny_llama(num_hidden_layers=3).save_pretrained(tmp_path / "base")
+    words = ["--checkpoint", tmp_path / "adapter", "--format", to, "--output_dir", tmp_path / "out"]
+    options = parse([str(word) for word in [*words, "--model_name_or_path", tmp_path / "base"]])
+    with pytest.raises(UserError, match=r"trained on org/first: .* has a model.layers.2.self_attn.q_proj to adapt"):
+        export(options)
+    assert not (tmp_path / "out").exists()
