@@ -14,6 +14,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from comol_ds.adapters.adapter_folder import read_adapter
 from comol_ds.adapters.kept_tokenizer import read_tokenizer_files
+from comol_ds.output_folder import RUN_MARK
+from comol_ds.training.run_folder import WRITTEN
 from tests.data.data_helpers import CHAT_TEMPLATE, real_data
 from tests.distributed.launching import REPOSITORY, clean_environment, free_port, run_deepspeed, run_limited
 from tests.distributed.run_folders import assert_one_process_reproduces_the_evaluation, json_lines
@@ -75,6 +77,7 @@ def test_run_folder_holds_everything(first_run):
         "config.yaml", "ds_config.json", "metrics.jsonl", "router_load.jsonl", "evaluations.jsonl",
         "tensorboard", "checkpoints", "adapter", "generations",
     }  # fmt: skip
+    assert {path.name for path in out.iterdir()} <= {RUN_MARK, *WRITTEN}, "an overwrite would leave it"
     config = yaml.safe_load((out / "config.yaml").read_text())
     assert (config["global_batch_size"], config["bf16"], config["lora_dropout"]) == (8, False, 0.1)
     assert json.loads((out / "ds_config.json").read_text())["gradient_accumulation_steps"] == 2
@@ -106,6 +109,14 @@ def test_adapters_keep_the_tokenizer_and_the_template_of_the_data(first_run):
     assert "tokenizer.json" in kept and AutoTokenizer.from_pretrained(out / "adapter").chat_template == CHAT_TEMPLATE
     for step in (SAVE_STEPS, STEPS):
         assert read_tokenizer_files(out / "checkpoints" / f"step_{step}" / "adapter") == kept
+
+
+def test_files_get_the_permissions_that_the_umask_gives(first_run):
+    model, out, _ = first_run
+    os.umask(umask := os.umask(0))
+    files = [path for folder in (out, model.parent / "cache") for path in folder.rglob("*") if path.is_file()]
+    other = {str(path): oct(mode) for path in files if (mode := path.stat().st_mode & 0o777) != 0o666 & ~umask}
+    assert other == {} and len(files) > 20
 
 
 def test_every_generated_answer_is_written(first_run):
