@@ -212,7 +212,7 @@ ROWS = [
     Row("CoMoL form", config_edit(peft_type="COMOL"), "vllm",
         "{C}: peft_type is COMOL, a token-dependent adapter; vLLM refuses the adapter: unsupported LoRA weight; export"
         " it with --format lora, or for vLLM with --format vllm-lora"),
-    Row("CoMoL adapter", config_edit("r", peft_type="COMOL", num_experts=2), "peft",
+    Row("CoMoL adapter", config_edit("r", peft_type="COMOL", num_experts=2, peft_version="0.21.2"), "peft",
         "{F}: adapter_model.safetensors: the adapter has no comol_ tensors; PEFT with comol_ds imported refuses it;"
         " export it again with --format comol"),
     Row("gated form", both(config_edit(peft_type="COMOL_VLLM", comol=GATED), guard), "sglang",

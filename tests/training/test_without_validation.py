@@ -22,7 +22,7 @@ def test_nothing_is_evaluated_and_the_end_says_so(tmp_path, monkeypatch):
         settings(write_jsonl(tmp_path / "x.jsonl", rows), validation_split_percentage=0), tiny_tokenizer(), seed=1
     )
     assert task_labels(data) == ["a", "b"]
-    plan = SimpleNamespace(config=RunConfig(), grid=None, folder=RunFolder(str(tmp_path / "out")))
+    plan = SimpleNamespace(config=RunConfig(), grid=None, folder=RunFolder(str(tmp_path / "out")), start_step=0)
     evaluate_now(SimpleNamespace(plan=plan, data=data), step=3)  # without engine, logs or adapter it can do nothing
     printed = "\n".join(result_lines(plan, []))
     assert "no validation records, nothing was evaluated\n" in printed
