@@ -1,5 +1,6 @@
 """Where records come from: files, folders and hub names, checked early and read row by row."""
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +11,7 @@ import datasets
 from comol_ds.data.formats import detect_format, rename_columns, to_text
 from comol_ds.data.rows import SUFFIXES, file_rows, is_saved, without_nulls
 from comol_ds.errors import UserError, one_line
+from comol_ds.output_folder import EXPORT_MARK, RUN_MARK
 from comol_ds.text_files import read_json
 
 # How file names spell the splits; a folder is read by these words.
@@ -107,6 +109,9 @@ def read_texts(sources: tuple[Source, ...], streaming: bool = False) -> Iterator
             }
 
 
+_NO_DATA = (".", "__")  # how names of files and folders begin that hold no data
+
+
 def _is_local(entry: str) -> bool:
     """A hub name is "name" or "owner/name", maybe with ":config"; whatever exists or looks like a path is not one."""
     path = Path(entry).expanduser()
@@ -118,8 +123,7 @@ def _is_local(entry: str) -> bool:
 
 
 def _files(path: Path, split: str) -> list[Path]:
-    """The data files of a path: itself, or those of a folder that belong to `split`. Hidden ones are no data: editors
-    and file managers leave them (.ipynb_checkpoints, ._x.jsonl, __MACOSX)."""
+    """The data files of a path: itself, or those of a folder that belong to `split`."""
     if path.is_file():
         if path.suffix not in SUFFIXES:
             raise UserError(f"data set '{path}': unknown kind of file; accepted: {', '.join(SUFFIXES)}")
@@ -128,13 +132,7 @@ def _files(path: Path, split: str) -> list[Path]:
         return [path]
     if (path / "dataset_dict.json").is_file():
         return [_saved_split(path, split)]
-    files = sorted(
-        file
-        for file in path.rglob("*")
-        if file.suffix in SUFFIXES
-        and not any(part.startswith((".", "__")) for part in file.relative_to(path).parts)
-        and file.is_file()
-    )
+    files = sorted(_data_files(path))
     if not files:
         raise UserError(f"data set '{path}': the folder holds no {', '.join(SUFFIXES)} file; give another folder")
     splits = {file: _split_of(file, path) for file in files}
@@ -146,6 +144,21 @@ def _files(path: Path, split: str) -> list[Path]:
         named = ", ".join(sorted({name for name in splits.values() if name}))
         raise UserError(f"data set '{path}': no file of split {split!r} (found: {named}); name the file itself")
     return chosen
+
+
+def _data_files(folder: Path) -> Iterator[Path]:
+    """The data files below a folder. What editors and file managers leave (.ipynb_checkpoints, ._x.jsonl, __MACOSX) is
+    no data, nor are the logs of runs and what exports wrote."""
+    for path, folders, names in os.walk(folder):
+        here = Path(path)
+        if here != folder and any((here / mark).exists() for mark in (RUN_MARK, EXPORT_MARK)):
+            folders.clear()
+            continue
+        folders[:] = [name for name in folders if not name.startswith(_NO_DATA)]
+        for name in names:
+            file = here / name
+            if file.suffix in SUFFIXES and not name.startswith(_NO_DATA) and file.is_file():
+                yield file
 
 
 def _saved_split(path: Path, split: str) -> Path:

@@ -78,7 +78,7 @@ def plan_run(config: RunConfig, world: World) -> RunPlan:
     layout = resolve_layout(config, load_ds_json(config.run.ds_config), world)
     config, grid, ds_config = layout.config, layout.grid, layout.ds_config
     folder = RunFolder(config.run.output_dir)
-    folder.check_inputs(inputs_of(config), bool(config.run.resume_from_checkpoint))
+    check_inputs(config, folder)
     check_quantized(ds_config)
     check_schedule(config.optimizer)
     check_report_to(config.run.report_to)
@@ -120,6 +120,21 @@ def plan_run(config: RunConfig, world: World) -> RunPlan:
         positions.table,
         [note for note in notes if note is not None],
     )
+
+
+def check_inputs(config: RunConfig, folder: RunFolder) -> None:
+    """Refuse a run folder in which the run would overwrite what it reads, or read what it writes.
+
+    Raises:
+        UserError: see `RunFolder.check_inputs`; or a folder of data is the run folder, whose logs look like records.
+    """
+    folder.check_inputs(inputs_of(config), bool(config.run.resume_from_checkpoint))
+    for data in (*(config.data.dataset or ()), *(config.data.eval_dataset or ())):
+        if Path(data).expanduser().resolve() == folder.path.resolve():
+            raise UserError(
+                f"--output_dir {folder.path} is a folder of data, where the run's logs would be read as records; choose"
+                f" another folder, {folder.path / 'out'} for example"
+            )
 
 
 def inputs_of(config: RunConfig) -> list[str]:

@@ -6,6 +6,7 @@ import pytest
 from comol_ds.data.formats import parse_columns
 from comol_ds.data.sources import find_sources, read_texts
 from comol_ds.errors import UserError
+from comol_ds.output_folder import EXPORT_MARK, RUN_MARK, write_mark
 from tests.data import chat_templates as templates
 from tests.data.chat_templates import chat_tokenizer
 from tests.data.data_helpers import sums, write_jsonl
@@ -34,6 +35,16 @@ def test_hidden_files_are_no_data(tmp_path):
     hidden = tmp_path / ".data" / "b.jsonl"
     write_jsonl(hidden, sums(1))
     assert len(read(hidden)) == len(read(hidden.parent)) == 1, "what the user names is read"
+
+
+@pytest.mark.parametrize("mark", [RUN_MARK, EXPORT_MARK])
+def test_what_runs_and_exports_wrote_is_no_data(tmp_path, mark):
+    write_jsonl(tmp_path / "a.jsonl", sums(2))
+    out = tmp_path / "runs" / "out"
+    write_jsonl(out / "logs" / "metrics.jsonl", [{"prompt": "step", "completion": "7"}])
+    write_mark(out, mark)
+    assert [record["record_id"] for record in read(tmp_path)] == ["a:1", "a:2"]
+    assert len(read(out)) == 1, "what the user names is read"
 
 
 def test_a_folder_of_save_to_disk_is_read(tmp_path):

@@ -6,7 +6,7 @@ import datasets
 import pytest
 
 from tests.data.data_helpers import sums, write_jsonl
-from tests.launch.launcher_calls import Inputs
+from tests.launch.launcher_calls import Inputs, refused
 from tests.tiny_models import save_tiny_model
 
 
@@ -25,3 +25,9 @@ def inputs(tiny_model, tmp_path, tmp_path_factory, monkeypatch):
     yield Inputs(tiny_model, write_jsonl(tmp_path / "records.jsonl", sums(40)), tmp_path)
     os.environ.clear()
     os.environ.update(inherited)
+
+
+@pytest.fixture
+def message(inputs, capfd, monkeypatch):
+    """Calls the launcher with changed flags and returns why it refused them."""
+    return lambda *extra, **changes: refused(inputs, capfd, monkeypatch, inputs.argv(*extra, **changes))
