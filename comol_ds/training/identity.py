@@ -5,6 +5,7 @@ the content is compared, by a stamp: of the records, and of the base's weights.
 """
 
 import hashlib
+import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -15,6 +16,7 @@ from comol_ds.ds_config import zero_stage
 from comol_ds.errors import UserError
 from comol_ds.parallel.groups import World
 from comol_ds.parallel.weight_files import WeightFiles
+from comol_ds.text_files import read_json_settings
 
 # With another value what was trained so far would be another run's: refused.
 SAME_RUN = (
@@ -162,10 +164,19 @@ def identify(config: RunConfig, world: World, ds_config: dict[str, Any]) -> RunI
         adapter=asdict(config.adapter) | {"target_modules": config.adapter.target_modules or list(DEFAULT_TARGETS)},
         data={name: value for name, value in data.items() if name in SAME_RUN},
         router_losses={name: value for name, value in router.items() if name in SAME_RUN},
-        tp_plan=config.parallel.tp_plan,
+        tp_plan=_stamp_of_plan(config.parallel.tp_plan),
         deepspeed=others | {"zero_optimization": zero},
         settings={name: value for name, value in config.flat().items() if name in FROM_HERE_ON},
     )
+
+
+def _stamp_of_plan(plan_file: str | None) -> str | None:
+    """The name and a checksum of a plan file: its content decides which rank holds which slice."""
+    if plan_file is None:
+        return None
+    styles = read_json_settings(plan_file, "--tp_plan", "check the path")
+    checksum = hashlib.blake2b(json.dumps(styles, sort_keys=True).encode(), digest_size=8)
+    return f"{Path(plan_file).name} {checksum.hexdigest()}"
 
 
 def stamp_of_weights(model_path: str) -> str:

@@ -190,7 +190,9 @@ def test_every_setting_is_said_to_belong_to_the_run_or_not():
 
 
 @pytest.mark.parametrize("name", SETTINGS)
-def test_another_value_of_a_setting_is_refused_or_moves_or_counts_from_here_on(name, config, tmp_path):
+def test_another_value_of_a_setting_is_refused_or_moves_or_counts_from_here_on(name, config, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "another").write_text('{"up_proj": "colwise"}')  # a plan is known by its content
     ds_config = {"zero_optimization": {"stage": 3}, "train_batch_size": 8}
     config = resolved(config, global_batch_size=8, tensor_parallel_size=1)
     stored = asdict(identify(config, World(0, 2, 0), ds_config))
@@ -203,6 +205,18 @@ def test_another_value_of_a_setting_is_refused_or_moves_or_counts_from_here_on(n
     assert len(found.moved) == (name in LAYOUT)
     assert [change.split()[0] for change in found.changed] == [name] * (name in FROM_HERE_ON)
     assert found.unknown == []
+
+
+def test_another_plan_of_the_same_name_moves(config, tmp_path):
+    plan, ds_config = tmp_path / "plan.json", {"zero_optimization": {"stage": 3}}
+    config = resolved(config, tp_plan=str(plan))
+    plan.write_text('{"up_proj": "colwise"}')
+    stored = asdict(identify(config, World(0, 2, 0), ds_config))
+    plan.write_text('{ "up_proj":  "colwise" }')
+    assert identify(config, World(0, 2, 0), ds_config).compare(stored, tmp_path) == Difference()
+    plan.write_text('{"up_proj": "colwise", "down_proj": "rowwise"}')
+    (moved,) = identify(config, World(0, 2, 0), ds_config).compare(stored, tmp_path).moved
+    assert moved.startswith("tp_plan plan.json ") and " -> plan.json " in moved
 
 
 @pytest.mark.parametrize(("asked", "supported", "expected"), [(None, False, False), (False, True, False)])
