@@ -28,10 +28,11 @@ def remove_abandoned_buffers() -> list[Path]:
     """
     now, candidates = time.time(), {}
     for file, _ in _buffers():
-        found = file.stat()
-        if found.st_uid == os.geteuid() and now - found.st_mtime > _SETTLED_SECONDS:
-            device = f"{os.major(found.st_dev):02x}:{os.minor(found.st_dev):02x}"
-            candidates[device, str(found.st_ino)] = file
+        with suppress(FileNotFoundError):  # its run ended meanwhile
+            found = file.stat()
+            if found.st_uid == os.geteuid() and now - found.st_mtime > _SETTLED_SECONDS:
+                device = f"{os.major(found.st_dev):02x}:{os.minor(found.st_dev):02x}"
+                candidates[device, str(found.st_ino)] = file
     if not candidates:
         return []
     mapped = _mapped_files()

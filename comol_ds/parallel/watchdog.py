@@ -20,7 +20,7 @@ from comol_ds.parallel.groups import World
 
 EXIT_HUNG = 1
 _SHARE = 0.9  # of the limit: before the collectives' own timeout makes the hang one rank's error
-_BEATS = 20  # within the limit
+_BEATS = 100  # within the limit: listening for four of them must end before the collectives' own timeout
 _LONGEST_BEAT_SECONDS = 10.0
 _SILENT_BEATS = 4  # a count that stood still for so long
 _SHORTEST_SILENCE_SECONDS = 1.0  # a thread on a busy machine

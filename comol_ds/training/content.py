@@ -31,6 +31,10 @@ def identify_content(plan: RunPlan, data: PreparedData) -> RunIdentity:
     )
     weights = groups.gather_objects(stamp, "tell the weights")[0]
     identity = replace(plan.identity, data_content=stamps[0], base_weights=weights)
-    if plan.resume is not None:
-        groups.together("compare with the checkpoint", lambda: read_checkpoint(plan.resume.path, identity, plan.folder))
+    # every rank calls, and rank 0 looks: another node may see an older list of checkpoints, or none
+    compares = plan.world.rank == 0 and plan.resume is not None
+    groups.together(
+        "compare with the checkpoint",
+        lambda: read_checkpoint(plan.resume.path, identity, plan.folder) if compares else None,
+    )
     return identity

@@ -103,13 +103,17 @@ def set_up(plan: RunPlan, requests: StopRequests) -> Run | None:
 
 
 def is_finished(plan: RunPlan, data: PreparedData, total_steps: int) -> bool:
-    """Whether a checkpoint of this run's last step has its evaluation and its adapter beside it. A collective call."""
-    if plan.resume is None or not plan.resume.is_own or plan.start_step < total_steps:
-        return False
+    """Whether a checkpoint of this run's last step has its evaluation and its adapter beside it. A collective call.
+
+    Rank 0 looks, for another node may see an older list of checkpoints.
+    """
 
     def look() -> bool:
+        ended = plan.resume is not None and plan.resume.is_own and plan.start_step >= total_steps
+        if plan.world.rank != 0 or not ended:
+            return False
         stored = plan.resume.path / "adapter"
-        names = [path.name for path in stored.iterdir()]
+        names = [str(path.relative_to(stored)) for path in stored.rglob("*") if path.is_file()]
         same, _, _ = filecmp.cmpfiles(stored, plan.folder.adapter, names, shallow=False)
         is_evaluated = len(data.validation) == 0 or plan.folder.was_evaluated(plan.start_step)
         return is_evaluated and sorted(same) == sorted(names)

@@ -17,7 +17,7 @@ def extensions(tmp_path_factory):
         "from deepspeed.accelerator import get_accelerator as g; g().create_op_builder('ShareMemCommBuilder').load()"
     )
     subprocess.run(
-        [sys.executable, "-c", build], env=clean_environment(folder), check=True, capture_output=True, timeout=240
+        [sys.executable, "-c", build], env=clean_environment(folder), check=True, capture_output=True, timeout=540
     )
     return folder
 

@@ -45,6 +45,14 @@ def test_what_no_process_has_mapped_is_deleted(folder):
     assert sorted(folder.iterdir()) == sorted(others)
 
 
+def test_a_buffer_that_its_run_deletes_meanwhile_is_passed_over(folder, monkeypatch):
+    gone, abandoned = buffer(folder, 20017, 0), buffer(folder, 20017, 1)
+    found = shared_memory._buffers()
+    monkeypatch.setattr(shared_memory, "_buffers", lambda: found)
+    gone.unlink()
+    assert remove_abandoned_buffers() == [abandoned]
+
+
 def test_a_living_runs_buffer_stays_until_the_run_is_killed(folder):
     file, context = buffer(folder, 20017, 0), get_context("fork")
     told, ready = context.Pipe(duplex=False)

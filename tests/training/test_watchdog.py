@@ -116,3 +116,11 @@ def test_stacks_of_an_earlier_run_are_no_sign_of_life(tmp_path):
     stacks.touch()
     with Watchdog(tmp_path, World(1, 2, 1), LIMIT, 0):
         assert not stacks.exists()
+
+
+@pytest.mark.parametrize("minutes", [1, 2, 5, 10, 30, 120])
+def test_it_speaks_before_the_collectives_own_timeout(minutes, tmp_path):
+    """From the last sign of a step on: the limit, a beat until it is noticed, and listening for the others."""
+    with Watchdog(tmp_path, World(0, 2, 0), 60 * minutes, 0) as dog:
+        listening = max(watchdog._SILENT_BEATS * dog._interval, watchdog._SHORTEST_SILENCE_SECONDS)
+        assert dog._limit + dog._interval + listening + dog._interval < 60 * minutes
