@@ -30,11 +30,14 @@ class PromptTemplate:
         name: "chat" (the tokenizer's own template), "alpaca", "none" (the columns as they are), or the path of a file.
         chat_template: Jinja, or named templates in Jinja, as `tokenizer.chat_template` has it; None with "none".
         literal: formats whose rows are not put as a conversation: prompt and answer follow each other as they are.
+        unasked: formats of the run's data that are no conversations and become ones only because the tokenizer has a
+            chat template.
     """
 
     name: str
     chat_template: str | dict[str, str] | None
     literal: frozenset[str] = _TEXTS
+    unasked: frozenset[str] = frozenset()
 
     def writes(self, data_format: str) -> bool:
         """Whether rows of this format are conversations that the chat template writes."""
@@ -61,7 +64,8 @@ def resolve_template(
     has_own = bool(tokenizer.chat_template) and tokenizer.chat_template != alpaca
     if wanted is None:
         if has_own:
-            return PromptTemplate("chat", tokenizer.chat_template)
+            unasked = (_INSTRUCTIONS | _PAIRS) & set(data_formats)
+            return PromptTemplate("chat", tokenizer.chat_template, unasked=unasked)
         _refuse_conversations(
             data_formats,
             f"the tokenizer of {tokenizer.name_or_path!r} has no chat template; use a chat model's tokenizer",

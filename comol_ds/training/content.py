@@ -4,6 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from comol_ds.data.prepare import PreparedData
+from comol_ds.data.templates import PromptTemplate
 from comol_ds.errors import UserError
 from comol_ds.parallel import groups
 from comol_ds.training.identity import RunIdentity, stamp_of_weights
@@ -15,7 +16,8 @@ def identify_content(plan: RunPlan, data: PreparedData) -> RunIdentity:
     """The plan's identity with stamps of data and weights, compared with the checkpoint's. A collective call.
 
     Raises:
-        UserError: the ranks have read different records, or the checkpoint's run did; on every rank.
+        UserError: the ranks have read different records, or the checkpoint's run did, or wrote its prompts otherwise;
+            on every rank.
     """
     model, stamps = plan.config.model, groups.gather_objects(data.report.stamps, "compare the data")
     downloads = not Path(model.model_name_or_path).is_dir()
@@ -35,6 +37,16 @@ def identify_content(plan: RunPlan, data: PreparedData) -> RunIdentity:
     compares = plan.world.rank == 0 and plan.resume is not None
     groups.together(
         "compare with the checkpoint",
-        lambda: read_checkpoint(plan.resume.path, identity, plan.folder) if compares else None,
+        lambda: _compare(plan, identity, data.template) if compares else None,
     )
     return identity
+
+
+def _compare(plan: RunPlan, identity: RunIdentity, template: PromptTemplate) -> None:
+    resume = read_checkpoint(plan.resume.path, identity, plan.folder)
+    if template.unasked and "data.prompt_template" in resume.difference.unknown:
+        raise UserError(
+            f"checkpoint {resume.path} was written before chat templates were the default; give --prompt_template"
+            " alpaca (instructions, questions) or none (prompts) to go on with the prompts that it was trained with, or"
+            " chat to change them"
+        )
