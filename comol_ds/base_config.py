@@ -6,12 +6,14 @@ no call asks on the terminal: transformers does where ``trust_remote_code`` is l
 
 import json
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Any
+from contextlib import contextmanager, suppress
+from typing import Any, TypeVar
 
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PretrainedConfig, PreTrainedModel
 
 from comol_ds.errors import UserError, one_line
+
+T = TypeVar("T")
 
 # More than any model has; transformers would build them one by one.
 _MOST = {"layer": 10_000, "expert": 100_000}
@@ -100,6 +102,19 @@ def _works(build: Callable[[str | None], PreTrainedModel], attention: str) -> bo
     except Exception:  # whatever the model's code raises
         return False
     return True
+
+
+def build_here(build: Callable[[str], T], attn_implementation: str) -> T:
+    """What ``build`` makes with a run's attention on a machine that may have neither its GPU nor its package.
+
+    In the place of flash_attention_2 stands sdpa, or eager for a model that has no sdpa, such as Gemma 2.
+    """
+    if attn_implementation != "flash_attention_2":
+        return build(attn_implementation)
+    faster, other = _ATTENTIONS
+    with suppress(Exception):  # whatever the model's code raises
+        return build(faster)
+    return build(other)
 
 
 def has_own_code(config: PretrainedConfig) -> bool:

@@ -9,6 +9,7 @@ import copy
 import re
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from functools import partial
 from math import gcd
 
 import torch
@@ -18,7 +19,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
 from comol_ds.adapters.text_model import text_model
-from comol_ds.base_config import has_own_code
+from comol_ds.base_config import build_here, has_own_code
 from comol_ds.errors import one_line
 
 VOCABULARY = 97  # of the copy; odd, so that tensor-parallel ranks get parts of unequal size
@@ -54,7 +55,7 @@ def shrunken_copy(
 
     Args:
         config: the model's own; it is not changed.
-        attn_implementation: the run's; sdpa takes the place of flash_attention_2, which needs a GPU.
+        attn_implementation: the run's; see `build_here`.
         max_length: tokens of the run's longest rows. Windows that such rows exceed are shorter than the copy's rows
             too.
         accepts: whether a copy will do; a larger one is tried if not.
@@ -63,12 +64,10 @@ def shrunken_copy(
         NotShrinkable: no copy small enough can be built and run.
     """
     reasons = []
-    if attn_implementation == "flash_attention_2":
-        attn_implementation = "sdpa"
     for factor in _factors(config.get_text_config()):
         small = _shrunken_config(config, factor, max_length)
         try:
-            model = _without_memory(small, attn_implementation)
+            model = build_here(partial(_without_memory, small), attn_implementation)
             _keep_every_kind(model)
             _draw(model)
             finite = bool(torch.isfinite(logits_of(model, input_ids=torch.arange(3, 12).unsqueeze(0))).all())

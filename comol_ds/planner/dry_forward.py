@@ -98,8 +98,13 @@ def _mask_of_a_window(kv_length: int, local_size: int | None = None, **sizes: An
     return None if local_size is None or kv_length < local_size else _mask(kv_length=kv_length, **sizes)
 
 
+def _attention(*tensors: Any, softcap: float | None = None, **options: Any) -> tuple[torch.Tensor, None]:
+    """sdpa; a cap of the scores, which it does not have, saves nothing in flash_attention_2."""
+    return sdpa_attention_forward(*tensors, **options)
+
+
 for _name, _make in ((_MASKED, _mask), (_CAUSAL, _mask_of_a_window)):
-    AttentionInterface.register(_name, sdpa_attention_forward)
+    AttentionInterface.register(_name, _attention)
     AttentionMaskInterface.register(_name, _make)
 
 

@@ -12,6 +12,7 @@ from peft import PeftModel
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from comol_ds.base_config import build_here
 from comol_ds.layout import RankGrid
 from comol_ds.parallel.activations import check_activations
 from comol_ds.parallel.assemble import attach_adapter, build_skeleton, give_ranks_their_part
@@ -168,10 +169,13 @@ def build_local_model(request: Request, first_layers: int | None = None) -> Loca
     """
     config, tensor_parallel = request.config, request.grid.tensor_parallel
     settings = config.model
-    if settings.attn_implementation == "flash_attention_2":  # its package need not be here
-        settings = replace(settings, attn_implementation="sdpa")
-    base = build_skeleton(settings, config.model.model_name_or_path, bool(config.model.bf16))
-    check_activations(base, config.model, tensor_parallel)
+    base = build_here(
+        lambda attention: build_skeleton(
+            replace(settings, attn_implementation=attention), settings.model_name_or_path, bool(settings.bf16)
+        ),
+        settings.attn_implementation,
+    )
+    check_activations(base, settings, tensor_parallel)
     if first_layers is not None and (layers := _layer_list(base)) is not None:
         del layers[first_layers:]
     placement = place_linears(base, config.parallel.tp_plan) if tensor_parallel > 1 else None
@@ -182,7 +186,7 @@ def build_local_model(request: Request, first_layers: int | None = None) -> Loca
     model = attach_adapter(base, config.adapter, config.run.seed)
     trainable, everything = count_parameters(model)
     mesh = PlannedMesh(request.grid)
-    vocabulary = give_ranks_their_part(model, placement, mesh, torch.device("meta"), bool(config.model.bf16))
+    vocabulary = give_ranks_their_part(model, placement, mesh, torch.device("meta"), bool(settings.bf16))
     return LocalModel(model.train(), vocabulary, mesh, trainable, everything)
 
 

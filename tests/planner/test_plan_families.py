@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, PretrainedConfig
+from transformers import AutoModelForCausalLM, Gemma2Config, PretrainedConfig
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from comol_ds.errors import UserError
@@ -13,6 +13,7 @@ from comol_ds.parallel.mesh import Mesh
 from comol_ds.parallel.vocabulary import Vocabulary
 from comol_ds.planner.plan import Planner
 from tests.planner.geometries import request, save_config, template
+from tests.settings.meta_models import SIZES
 from tests.tiny_models import FAMILIES
 
 TOKENS = 48
@@ -86,6 +87,17 @@ def test_as_many_bytes_as_autograd_saves(name, flags, tmp_path):
         mask[-1, -1] = 0
     found = saved_by(model, ids, mask)
     assert kept.layers + kept.ends == pytest.approx(found, rel=0.02)
+
+
+@pytest.mark.slow
+def test_flash_attention_is_planned_without_its_package_for_a_model_that_has_no_sdpa(tmp_path):
+    config = Gemma2Config(**SIZES)
+    kept = {}
+    for attention in ("flash_attention_2", "eager"):
+        folder = save_config(config, tmp_path)
+        asked = request(folder, 1, template(1), "--max_length", TOKENS, "--attn_implementation", attention)
+        kept[attention] = Planner().plan(asked).activations.layers
+    assert 0 < kept["flash_attention_2"] < kept["eager"]  # which saves scores of every pair of tokens
 
 
 def test_a_model_whose_pass_depends_on_values_is_refused(tmp_path, monkeypatch):

@@ -54,6 +54,11 @@ def test_the_models_own_plan_serves(config, ranks):
     assert placement_fault(config, place_linears(model, None), ranks, model.config._attn_implementation) is None
 
 
+def test_flash_attention_is_tried_without_a_gpu_for_a_model_that_has_no_sdpa():
+    config = Gemma2Config(**SIZES, attention_dropout=0.0)
+    assert placement_fault(config, place_linears(on_meta(config), None), 2, "flash_attention_2") is None
+
+
 @pytest.mark.parametrize(
     ("config", "plan", "fault"),
     [
