@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import datasets
 import torch
+from pyarrow import compute
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from comol_ds.config import RunConfig
@@ -85,13 +86,16 @@ def check_token_ids(data: PreparedData, tokenizer: PreTrainedTokenizerBase, rows
     for records in (data.train, data.validation):
         if not isinstance(records, datasets.Dataset):
             continue
-        for record in records.select_columns(["record_id", "input_ids"]):
-            largest = max(record["input_ids"])
-            if largest >= rows:
-                raise UserError(
-                    f"record {record['record_id']} holds {tokenizer.convert_ids_to_tokens(largest)!r}, a token of id"
-                    f" {largest}, and the model's embedding has {rows} rows; remove it from the data"
-                )
+        columns = records.select_columns(["record_id", "input_ids"]).with_format("arrow")
+        for batch in columns.iter(batch_size=1000):  # a loop over the records takes a minute for a million
+            if (compute.max(compute.list_flatten(batch["input_ids"])).as_py() or 0) < rows:
+                continue
+            largest = ((record["record_id"], max(record["input_ids"], default=0)) for record in batch.to_pylist())
+            record, token = next(found for found in largest if found[1] >= rows)
+            raise UserError(
+                f"record {record} holds {tokenizer.convert_ids_to_tokens(token)!r}, a token of id {token}, and the"
+                f" model's embedding has {rows} rows; remove it from the data"
+            )
 
 
 def check_positions(model_config: PreTrainedConfig, config: RunConfig) -> Positions:
@@ -146,9 +150,8 @@ def check_answers(data: PreparedData, config: RunConfig, table: int | None) -> N
 def _runs_beyond(model_config: PreTrainedConfig, attn_implementation: str) -> bool:
     small = copy.deepcopy(model_config)
     small.get_text_config().max_position_embeddings = _POSITIONS
-    attention = "sdpa" if attn_implementation == "flash_attention_2" else attn_implementation
     try:
-        model = shrunken_copy(small, attention)
+        model = shrunken_copy(small, attn_implementation)
     except NotShrinkable:  # nothing is known, and nothing refused
         return True
     try:
