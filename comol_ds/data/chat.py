@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
+from comol_ds.data.marks import Marks
 from comol_ds.errors import UserError, one_line
 
 _Rendering = TypeVar("_Rendering")
@@ -24,6 +25,8 @@ _MARKERS = re.compile(r"\{%-?\s*generation\s*-?%\}")
 # Fields in which data sets keep reasoning (transformers fills them from one another), and how it stands in a content.
 _REASONING_FIELDS = ("reasoning_content", "reasoning", "thinking")
 _REASONING = re.compile(r"<think>(.*?)</think>", re.DOTALL)
+# An answer whose first character stands in no template.
+_LIKE_NO_PROMPT = "\N{REFERENCE MARK}"
 
 
 @dataclass(frozen=True)
@@ -60,17 +63,17 @@ class ChatRenderer:
     """Renders conversations by a chat template and finds their answers.
 
     Args:
-        tokenizer: knows the special tokens.
+        tokenizer: knows the added tokens.
         chat_template: Jinja; named templates, or None: the tokenizer's own.
+
+    Raises:
+        UserError: the tokenizer does not tell its added tokens.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, chat_template: str | dict[str, str] | None):
         self.tokenizer = tokenizer
         self.chat_template = chat_template if isinstance(chat_template, str) else None
-        added = (token.content for token in tokenizer.added_tokens_decoder.values() if token.special)
-        self.specials = sorted({*added, *tokenizer.all_special_tokens} - {""}, key=len, reverse=True)
-        self.special = re.compile("|".join(map(re.escape, self.specials)))
-        self.mark = re.compile(rf"\s*(?:{self.special.pattern})+")
+        self.marks = Marks(tokenizer)
 
     def __call__(self, conversation: dict[str, Any], record_id: str) -> RenderedChat:
         """Render one conversation.
@@ -89,25 +92,26 @@ class ChatRenderer:
         chat = _Chat(self, conversation, record_id)
         answers = [number for number, turn in enumerate(chat.turns) if _is_answer(turn)]
         trained = [number for number in answers if conversation["messages"][number].get("weight") != 0]
-        if not trained:
-            said = [number for number, turn in enumerate(chat.turns) if turn["role"] != "assistant"]
-            return RenderedChat(chat.write(max([*answers, *said], default=-1) + 1))
-        last = trained[-1]
+        said = [number for number, turn in enumerate(chat.turns) if turn["role"] != "assistant"]
+        last = trained[-1] if trained else max([*answers, *said], default=-1)
+        if last < 0:
+            return RenderedChat("")
         text, marked = chat.write_marked(last + 1)
-        chat.check_nothing_lost(text)
+        chat.check_nothing_lost(text, last + 1)
         spans = {number: chat.span(number, last, text, marked) for number in answers if number <= last}
-        if spans[last] is None and last == 0:  # nobody asked for it
+        if trained and spans[last] is None and last == 0:  # nobody asked for it
             return RenderedChat(text, unlabeled_turns=1)
-        if spans[last] is None:
+        if trained and spans[last] is None:
             raise UserError(
                 f"{record_id}: the chat template of {self.tokenizer.name_or_path!r} does not write the last "
                 "assistant turn after the ones before it; use another template or the prompt_completion format"
             )
         placed = tuple(Answer(*span, number in trained) for number, span in spans.items() if span is not None)
+        end = placed[-1].end if trained else len(text)
         return RenderedChat(
-            text[: placed[-1].end],
+            text[:end],
             placed,
-            is_ended=text.endswith(tuple(self.specials), 0, placed[-1].end),
+            is_ended=self.marks.ends(text, end),
             unlabeled_turns=sum(number in trained and span is None for number, span in spans.items()),
             stripped_reasoning=sum(_is_stripped(turn, text) for turn in chat.turns[: last + 1]),
             unplaced_untrained=sum(number not in trained and span is None for number, span in spans.items()),
@@ -116,39 +120,12 @@ class ChatRenderer:
     def _check_unwritten(self, turns: list[dict[str, Any]], record_id: str) -> None:
         """Refuse to put a prompt into a template twice."""
         for turn in turns:
-            begins_with = self.special.match(turn["content"].lstrip())
+            begins_with = self.marks.special.match(turn["content"].lstrip())
             if turn["role"] == "user" and begins_with and begins_with.group():
                 raise UserError(
                     f"{record_id}: the prompt begins with {begins_with.group()!r}: a chat template has written it "
                     "already; give --prompt_template none"
                 )
-
-    def common_prefix(self, one: str, other: str) -> int:
-        """Characters that both begin with, whole special tokens only."""
-        low, high = 0, min(len(one), len(other))
-        while low < high:
-            middle = (low + high + 1) // 2
-            if one[low:middle] == other[low:middle]:
-                low = middle
-            else:
-                high = middle - 1
-        longest = len(self.specials[0]) if self.specials else 0
-        for text in (one, other):
-            for token in self.special.finditer(text, max(0, low - longest), low + longest):
-                if token.start() < low < token.end():
-                    low = token.start()
-        return low
-
-    def through_mark(self, segment: str) -> int:
-        """Characters of a turn through the special tokens that end it; all of them if none does.
-
-        What a template writes after them (mostly a newline, or the mark of the whole conversation) is never generated.
-        """
-        end = len(segment)
-        while token := next((t for t in self.specials if segment[:end].rstrip().endswith(t)), None):
-            end = len(segment[:end].rstrip()) - len(token)
-        mark = self.mark.match(segment, end)
-        return mark.end() if mark else len(segment)
 
 
 class _Chat:
@@ -165,36 +142,36 @@ class _Chat:
 
     def write(self, count: int, add_generation_prompt: bool = False) -> str:
         """The first `count` turns as the template writes them."""
-        if count == 0:
+        return self._written(self.turns[:count], add_generation_prompt)
+
+    def _written(self, turns: list[dict[str, Any]], add_generation_prompt: bool = False) -> str:
+        if not turns:
             return ""
-        tokenizer = self.renderer.tokenizer
         return self._refusable(
-            lambda turns: tokenizer.apply_chat_template(
+            lambda: self.renderer.tokenizer.apply_chat_template(
                 turns,
                 tools=self.tools,
                 chat_template=self.renderer.chat_template,
                 add_generation_prompt=add_generation_prompt,
                 tokenize=False,
                 **self.options,
-            ),
-            count,
+            )
         )
 
     def write_marked(self, count: int) -> tuple[str, dict[int, tuple[int, int]]]:
         """The first `count` turns, and turn -> the span that the template's own markers give it."""
         tokenizer = self.renderer.tokenizer
-        template = tokenizer.get_chat_template(self.renderer.chat_template, self.tools)
+        template = self._refusable(lambda: tokenizer.get_chat_template(self.renderer.chat_template, self.tools))
         if not _MARKERS.search(template):
             return self.write(count), {}
         (text,), (spans,) = self._refusable(
-            lambda turns: render_jinja_template(
-                [turns],
+            lambda: render_jinja_template(
+                [self.turns[:count]],
                 tools=self.tools,
                 chat_template=template,
                 return_assistant_tokens_mask=True,
                 **{**tokenizer.special_tokens_map, **self.options},
-            ),
-            count,
+            )
         )
         assistants = [number for number, turn in enumerate(self.turns[:count]) if turn["role"] == "assistant"]
         return text, dict(zip(assistants, spans, strict=True)) if len(assistants) == len(spans) else {}
@@ -211,7 +188,7 @@ class _Chat:
             if begin is None or end is None or end <= begin:
                 return None
             start = begin
-        return start, start + self.renderer.through_mark(text[start:end])
+        return start, start + self.renderer.marks.through_mark(text[start:end])
 
     def _begin(self, number: int, text: str) -> int | None:
         """Where the prompt for a turn ends."""
@@ -224,7 +201,12 @@ class _Chat:
         if not text.startswith(before):
             return None
         # The prompt goes on otherwise than the answer, as where it opens reasoning that the answer lacks.
-        return max(len(before), self.renderer.common_prefix(prompt, text))
+        begin = self.renderer.marks.common_prefix(prompt, text)
+        if (reasoning := _reasoning(self.turns[number])) and reasoning in text:
+            return max(len(before), begin)
+        # They may go on alike by chance (<think>, <html>): no answer begins later than one like no prompt does.
+        other = [*self.turns[:number], {"role": "assistant", "content": _LIKE_NO_PROMPT}]
+        return max(len(before), min(begin, self.renderer.marks.common_prefix(prompt, self._written(other))))
 
     def _first_prompt(self) -> str | None:
         """The prompt for an answer that nothing precedes; None where the template cannot write one."""
@@ -244,22 +226,22 @@ class _Chat:
     def _end(self, number: int, text: str) -> int | None:
         """Where a turn before the last ends, if it stands there as it was when it was the last."""
         as_last = self.write(number + 1)
-        end = self.renderer.common_prefix(as_last, text)
+        end = self.renderer.marks.common_prefix(as_last, text)
         # Marks may differ: one may end a conversation, another a turn.
-        return None if self.renderer.special.sub("", as_last[end:]).strip() else end
+        return None if self.renderer.marks.special.sub("", as_last[end:]).strip() else end
 
     def _mark_after(self, text: str, marked: dict[int, tuple[int, int]], last: int, number: int) -> int:
         """Characters of the mark that the template writes after a marked span which does not hold it."""
         end = marked[number][1]
-        if text.endswith(tuple(self.renderer.specials), 0, end):
+        if self.renderer.marks.ends(text, end):
             return 0
-        mark = self.renderer.mark.match(text, marked[last][1])
+        mark = self.renderer.marks.mark.match(text, marked[last][1])
         return len(mark.group()) if mark and text.startswith(mark.group(), end) else 0
 
-    def check_nothing_lost(self, text: str) -> None:
-        """Refuse a template that leaves out, without a word, what stands beside the turns."""
+    def check_nothing_lost(self, text: str, count: int) -> None:
+        """Refuse a template that leaves out of `count` turns, without a word, what stands beside them."""
         name = self.renderer.tokenizer.name_or_path
-        if self.turns[0]["role"] == "system" and self.turns[0]["content"].strip() not in text:
+        if self._loses_system(text, count):
             raise UserError(
                 f"{self.record_id}: the chat template of {name!r} does not write the system turn; use another template "
                 "or data without system turns"
@@ -271,6 +253,16 @@ class _Chat:
                     f"{tool['function']['name']!r}; use another template, or leave them out with --columns tools="
                 )
 
+    def _loses_system(self, text: str, count: int) -> bool:
+        """Whether a system turn changes nothing; a template may write it otherwise than it stands, or follow it."""
+        first = self.turns[0]
+        if first["role"] != "system" or first.get("content", "").strip() in text:
+            return False
+        try:
+            return self._written(self.turns[1:count]) == text
+        except UserError:
+            return False
+
     def _writes_arguments(self) -> bool:
         """Whether the template writes parsed arguments; one that joins them to a text wants them as JSON."""
         try:
@@ -280,9 +272,9 @@ class _Chat:
         arguments = [call["function"]["arguments"] for turn in self.turns for call in turn.get("tool_calls", [])]
         return not any(str(given) in text for given in arguments if str(given) != json.dumps(given))
 
-    def _refusable(self, render: Callable[[list[dict[str, Any]]], _Rendering], count: int) -> _Rendering:
+    def _refusable(self, render: Callable[[], _Rendering]) -> _Rendering:
         try:
-            return render(self.turns[:count])
+            return render()
         except Exception as error:  # a template may raise anything
             reason = one_line(error, limit=200)
             raise UserError(

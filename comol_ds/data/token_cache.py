@@ -18,7 +18,7 @@ from typing import Any
 import datasets
 from pyarrow import compute
 
-from comol_ds.data import chat, formats, rows, token_ids, tokenization, turns
+from comol_ds.data import chat, formats, marks, rows, token_ids, tokenization, turns
 from comol_ds.data import sources as source_files
 from comol_ds.data.sources import TEXT_FEATURES, Source, read_texts
 from comol_ds.data.tokenization import TOKEN_FEATURES, RecordTokenizer, tokenizer_fingerprint
@@ -113,7 +113,10 @@ def _key(sources: tuple[Source, ...], encode: RecordTokenizer) -> str:
         encode.max_length,
         encode.train_on_prompt,
         encode.chat_template,
-        [inspect.getsource(module) for module in (chat, formats, rows, source_files, token_ids, tokenization, turns)],
+        [
+            inspect.getsource(module)
+            for module in (chat, formats, marks, rows, source_files, token_ids, tokenization, turns)
+        ],
     ]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
 

@@ -8,6 +8,7 @@ given exactly the ids of the prompt, which is what it must be trained on.
 import hashlib
 import json
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal
 
 import datasets
@@ -82,7 +83,6 @@ class RecordTokenizer:
         self.max_length = max_length
         self.train_on_prompt = train_on_prompt
         self.chat_template = chat_template
-        self.render = ChatRenderer(tokenizer, chat_template)
         self.start = start_tokens(tokenizer)
 
     def __call__(self, batch: dict[str, list]) -> dict[str, list]:
@@ -103,8 +103,13 @@ class RecordTokenizer:
         cut = [part for row in rows for part in self._cut(row)]
         return {name: [row[name] for row in cut] for name in TOKEN_FEATURES}
 
+    @cached_property
+    def _render(self) -> ChatRenderer:
+        """Made for the first conversation: some tokenizers write none, and tokenize texts as any other."""
+        return ChatRenderer(self.tokenizer, self.chat_template)
+
     def _rendered(self, conversation: str, record_id: str) -> RenderedChat:
-        chat = self.render(json.loads(conversation), record_id)
+        chat = self._render(json.loads(conversation), record_id)
         if self.train_on_prompt and chat.unplaced_untrained:
             raise UserError(
                 f"{record_id}: the chat template rewrites a turn of weight 0, so --train_on_prompt would train it; "

@@ -1,9 +1,11 @@
 """Conversations: one rendering, as serving would send it, and the loss on what the model would write there."""
 
 import json
+import time
 
 import pytest
 
+from comol_ds.data.marks import Marks
 from comol_ds.data.tokenization import IGNORED, RecordTokenizer
 from comol_ds.errors import UserError
 from tests.data import chat_templates as templates
@@ -119,6 +121,19 @@ def test_reasoning_in_a_field_is_learned_or_counted(field):
     assert encode(chat_tokenizer(templates.CHATML), turns)["stripped_reasoning"] == 1
 
 
+@pytest.mark.parametrize("added", [(), ("<think>",), ("<think>", "</think>", "<tool_call>")])
+@pytest.mark.parametrize("answer", ["<tool_call>add</tool_call>", "<html>", "<thin", "Ten."])
+@pytest.mark.parametrize(("template", "head"), [(templates.CHATML, "assistant\n"), (templates.PLAIN, "assistant: ")])
+def test_an_answer_that_begins_as_the_prompt_goes_on_is_learned_from_its_first_character(template, head, answer, added):
+    tokenizer = chat_tokenizer(template)
+    tokenizer.add_tokens(list(added))  # as Qwen 3 has them: added, and not special
+    tokenizer.chat_template = template.replace(f"{head}' }}}}{{% endif %}}", f"{head}<think>\n' }}}}{{% endif %}}")
+    assert tokenizer.chat_template != template
+    record = encode(tokenizer, [ASK, SAY | {"content": answer}, AGAIN, LAST | {"content": answer}])
+    ends = ["<|im_end|>"] * 2 if template == templates.CHATML else ["\n", "\n</s>"]
+    assert learned(tokenizer, record) == [answer + end for end in ends]
+
+
 CALL = {"type": "function", "function": {"name": "add", "arguments": {"a": 5, "b": 5}}}
 TOOL = {"type": "function", "function": {"name": "add", "parameters": {"type": "object", "properties": {}}}}
 
@@ -180,8 +195,14 @@ def test_turns_of_weight_0_are_given_and_not_learned():
     assert tokenizer.decode([everything["input_ids"][i] for i in dropped[1:]]) == "Twelve.<|im_end|>"
     assert encode(tokenizer, [ASK, SAY, AGAIN, LAST | {"weight": 0}]) == encode(tokenizer, [ASK, SAY])
     assert encode(tokenizer, [ASK, SAY | {"weight": 0}])["trained_tokens"] == 0
-    with pytest.raises(UserError, match="x:1: the chat template rewrites a turn of weight 0, so --train_on_prompt"):
-        encode(chat_tokenizer(templates.QWEN3), unlearned, train_on_prompt=True)
+    for turns in ([ASK, SAY | {"weight": 0}], [ASK, SAY | {"weight": 0}, AGAIN]):
+        alone = encode(tokenizer, turns, train_on_prompt=True)
+        dropped = [i for i, label in enumerate(alone["labels"]) if label == IGNORED]
+        assert tokenizer.decode([alone["input_ids"][i] for i in dropped[1:]]) == "Twelve.<|im_end|>"
+        assert alone["input_ids"] == served(tokenizer, turns)
+    for turns in (unlearned, [ASK, SAY | {"weight": 0}, AGAIN, LAST | {"weight": 0}]):
+        with pytest.raises(UserError, match="x:1: the chat template rewrites a turn of weight 0, so --train_on_prompt"):
+            encode(chat_tokenizer(templates.QWEN3), turns, train_on_prompt=True)
 
 
 def test_what_a_template_loses_without_a_word_is_refused_by_name():
@@ -191,6 +212,20 @@ def test_what_a_template_loses_without_a_word_is_refused_by_name():
     tokenizer.chat_template = "{% for m in messages if m.role != 'system' %}{{ m.content }}</s>{% endfor %}"
     with pytest.raises(UserError, match="x:1: the chat template of 'tiny' does not write the system turn; use another"):
         encode(tokenizer, [{"role": "system", "content": "Be short."}, *CHAT])
+
+
+@pytest.mark.parametrize(
+    "written",
+    ["m.content | replace('\\n', ' ')", "('fast' if '/no_think' in m.content else 'slow')", "m.content | upper"],
+)
+def test_a_system_turn_that_a_template_follows_or_writes_otherwise_is_not_lost(written):
+    tokenizer = chat_tokenizer(templates.CHATML)
+    system = {"role": "system", "content": "Be short.\n/no_think"}
+    wrapped = f"{{% if m.role == 'system' %}}{{{{ {written} }}}}{{% elif m.content %}}"
+    tokenizer.chat_template = templates.CHATML.replace("{% if m.content %}", wrapped)
+    record = encode(tokenizer, [system, *CHAT])
+    assert learned(tokenizer, record) == EVERY_ANSWER[templates.CHATML]
+    assert record["input_ids"] == served(tokenizer, [system, *CHAT])[:-1]
 
 
 @pytest.mark.parametrize("written", ["call.function.arguments", "('' + call.function.arguments)"])
@@ -214,3 +249,26 @@ def test_named_templates_are_chosen_as_serving_chooses_them():
     tokenizer.chat_template = {"default": templates.CHATML, "tool_use": templates.TOOLS}
     assert encode(tokenizer, CHAT, tools=[TOOL])["input_ids"] == served(tokenizer, CHAT, tools=[TOOL])[:-1]
     assert encode(tokenizer, CHAT)["input_ids"] == served(tokenizer, CHAT)[:-1]
+    tokenizer.chat_template = {"rag": templates.CHATML, "tool_use": templates.TOOLS}
+    with pytest.raises(
+        UserError, match=r"x:1: the chat template of 'tiny' refuses this record \(This model has multiple"
+    ):
+        encode(tokenizer, CHAT)
+
+
+def test_a_common_beginning_ends_before_a_token_that_one_of_both_goes_on_with():
+    tokenizer = chat_tokenizer(templates.CHATML)
+    assert Marks(tokenizer).common_prefix("a\n<think>", "a\n<thin") == len("a\n<thin")
+    tokenizer.add_tokens(["<think>"])
+    marks = Marks(tokenizer)
+    assert marks.common_prefix("a\n<think>", "a\n<thin") == marks.common_prefix("a\n<thin", "a\n<think>") == 2
+    assert marks.special.search("<think>") is None, "it ends no turn"
+
+
+def test_a_turn_is_copied_once_whatever_the_number_of_special_tokens():
+    tokenizer = chat_tokenizer(templates.CHATML)
+    tokenizer.add_special_tokens({"additional_special_tokens": [f"<|reserved_{number}|>" for number in range(3000)]})
+    marks, turn = Marks(tokenizer), "a" * 2_000_000 + " <|im_end|>\n"
+    start = time.process_time()
+    assert marks.through_mark(turn) == len(turn) - 1
+    assert time.process_time() - start < 0.2, "a copy for each takes over a second"

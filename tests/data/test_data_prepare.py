@@ -123,6 +123,15 @@ def test_too_many_empty_answers(tmp_path):
     assert "for example x:4, where its answer is empty: '<s>How many?'" in refused(path)
 
 
+def test_an_answer_that_nobody_asks_for_is_not_called_empty(tmp_path):
+    turns = [{"role": "assistant", "content": "Two."}]
+    path = write_jsonl(tmp_path / "x.jsonl", [{"messages": turns}])
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = "{{ messages[0].role }}" + tokenizer.chat_template
+    with pytest.raises(UserError, match=r"nobody asks for its only answer \(such records belong in the format text\)"):
+        prepare_data(settings(path), tokenizer, seed=42)
+
+
 def test_all_prompts_too_long_names_the_shortest(tmp_path):
     path = write_jsonl(tmp_path / "x.jsonl", sums(20))
     tokenizer = tiny_tokenizer()

@@ -172,6 +172,17 @@ def test_tokenizer_without_end_token_and_tiny_max_length():
         RecordTokenizer(tiny_tokenizer(), 1)
 
 
+def test_a_tokenizer_that_writes_no_conversations_tokenizes_texts():
+    def added_tokens_decoder(self):  # as MistralCommonBackend has it
+        raise NotImplementedError
+
+    tokenizer = tiny_tokenizer()
+    tokenizer.__class__ = type("Texts", (type(tokenizer),), {"added_tokens_decoder": added_tokens_decoder})
+    assert trained_text(encode(tokenizer=tokenizer)) == "Twelve.</s>"
+    with pytest.raises(UserError, match=r"the tokenizer of 'tiny' \(Texts\) does not tell its added tokens"):
+        encode(messages=CHAT, tokenizer=tokenizer)
+
+
 def test_fingerprint_sees_what_changes_ids_and_nothing_else():
     reference = tokenizer_fingerprint(tiny_tokenizer())
     used = tiny_tokenizer()
