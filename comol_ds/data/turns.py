@@ -25,6 +25,8 @@ _SHAREGPT_ROLES = {
 }
 # A turn that is one tool call, as JSON in its text.
 _SHAREGPT_CALL = "function_call"
+# What a call is, beside which stand its id and type.
+_CALL = ("function", "name", "arguments")
 _NO_TEXT = ("image", "images", "video", "videos", "audio", "audios")
 
 
@@ -64,7 +66,8 @@ def read_turns(value: Any, column: str, where: str) -> list[dict[str, Any]]:
 def _turn(given: Any, where: str) -> dict[str, Any]:
     if not isinstance(given, dict):
         raise UserError(f'{where} is {short(given)}, expected {{"role": "user", "content": "..."}}')
-    # Parquet fills the keys a turn does not have with nulls, which chat templates take for given values.
+    # Parquet fills the keys a turn does not have with nulls, which chat templates take for given values. transformers'
+    # apply_chat_template drops them too, a null content beside tool calls among them, so serving writes the same.
     turn = {key: value for key, value in given.items() if value is not None}
     if "role" not in turn and "from" in turn and "value" in given:
         turn = _from_sharegpt(turn, where)
@@ -125,7 +128,7 @@ def _tool_call(given: Any, where: str) -> dict[str, Any]:
         )
     arguments = call.get("arguments")
     arguments = {} if is_empty(arguments) else _parsed(arguments, f"{where}, the arguments of {call['name']!r}:")
-    outer = {key: value for key, value in given.items() if key not in call and key != "function" and value is not None}
+    outer = {key: value for key, value in given.items() if key not in _CALL and value is not None}
     return {**outer, "type": "function", "function": {"name": call["name"], "arguments": arguments}}
 
 

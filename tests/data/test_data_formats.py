@@ -121,14 +121,15 @@ CALL = {"name": "add", "arguments": {"a": 1, "b": None}}
         {"role": "assistant", "content": None, "tool_calls": [{"type": "function", "function": CALL}]},
         {"role": "assistant", "tool_calls": [{"function": {"name": "add", "arguments": '{"a": 1, "b": null}'}}]},
         {"role": "assistant", "tool_calls": [CALL]},
+        {"role": "assistant", "tool_calls": [CALL | {"id": "c1", "type": None}]},
+        {"role": "assistant", "tool_calls": [{"id": "c1", "function": CALL}]},
         {"role": "assistant", "content": None, "tool_calls": None, "function_call": CALL},
         {"from": "function_call", "value": json.dumps(CALL)},
     ],
 )
 def test_tool_calls_are_read_in_every_spelling_with_their_arguments_parsed(turn):
-    assert turns({"messages": [turn]}, "messages") == [
-        {"role": "assistant", "tool_calls": [{"type": "function", "function": CALL}]}
-    ]
+    call = ({"id": "c1"} if "c1" in str(turn) else {}) | {"type": "function", "function": CALL}
+    assert turns({"messages": [turn]}, "messages") == [{"role": "assistant", "tool_calls": [call]}]
 
 
 def test_sharegpt_speakers_become_roles():
