@@ -43,7 +43,7 @@ def open_folder(
         OSError: the cache cannot be read, written or locked.
     """
     folder = root / key
-    if folder.exists() and not outdated(folder) and fault_of(folder) is None:
+    if _is_usable(folder, outdated):
         return folder, _read_manifest(folder)[1]
     root.mkdir(parents=True, exist_ok=True)
     with _locked(root / f"{key}.lock", f"waiting for another process that builds {folder}"):
@@ -52,8 +52,12 @@ def open_folder(
         if fault is not None:
             print(f"{folder} is not what was written ({fault}) and is built again", flush=True)
         if fault is not None or not folder.exists() or outdated(folder):
-            _build(root, key, build)
+            _build(root, key, build, outdated)
     return folder, _read_manifest(folder)[1]
+
+
+def _is_usable(folder: Path, outdated: Callable[[Path], bool]) -> bool:
+    return folder.exists() and not outdated(folder) and fault_of(folder) is None
 
 
 def fault_of(folder: Path) -> str | None:
@@ -79,7 +83,9 @@ def fault_of(folder: Path) -> str | None:
     return None
 
 
-def _build(root: Path, key: str, build: Callable[[Path, Path], dict[str, Any]]) -> None:
+def _build(
+    root: Path, key: str, build: Callable[[Path, Path], dict[str, Any]], outdated: Callable[[Path], bool]
+) -> None:
     """Build aside, then rename. Only for who holds the lock."""
     folder, building = root / key, root / f"building-{key}-{socket.gethostname()}-{os.getpid()}"
     built, scratch = building / "built", building / "scratch"
@@ -89,6 +95,8 @@ def _build(root: Path, key: str, build: Callable[[Path, Path], dict[str, Any]]) 
         files = {str(file.relative_to(built)): file for file in sorted(built.rglob("*")) if file.is_file()}
         entries = {name: {"bytes": file.stat().st_size, "crc32": _crc32(file)} for name, file in files.items()}
         (built / MANIFEST).write_text(json.dumps({"files": entries, "facts": facts}) + "\n", encoding="utf-8")
+        if _is_usable(folder, outdated):  # another node's, which it may be reading
+            return
         with suppress(FileNotFoundError):
             folder.rename(building / "replaced")
         built.rename(folder)
@@ -105,7 +113,7 @@ def _remove_abandoned(root: Path, key: str) -> None:
         if name["key"] == key:
             shutil.rmtree(building, ignore_errors=True)
             continue
-        with suppress(BlockingIOError), _locked(root / f"{name['key']}.lock"):
+        with suppress(OSError), _locked(root / f"{name['key']}.lock"):
             shutil.rmtree(building, ignore_errors=True)
 
 

@@ -123,6 +123,27 @@ def building(root: Path) -> list[Path]:
     return list(root.glob("building-*"))
 
 
+def test_what_another_host_has_finished_meanwhile_is_kept(tmp_path, monkeypatch):
+    found = []
+
+    def build_later(built: Path, scratch: Path) -> dict:
+        with monkeypatch.context() as other:
+            other.setattr(socket, "gethostname", lambda: "another-host")
+            found.append((opened(tmp_path) / "state").stat().st_ino)
+        return build(built, scratch)
+
+    assert (opened(tmp_path, build_later) / "state").stat().st_ino == found[0]
+    assert names(tmp_path) == [KEY, f"{KEY}.lock"]
+
+
+def test_a_lock_that_cannot_be_opened_keeps_what_it_guards(tmp_path):
+    (tmp_path / f"{OTHER}.lock").mkdir()  # as for root another user's file cannot be
+    abandoned = tmp_path / f"building-{OTHER}-{socket.gethostname()}-17"
+    abandoned.mkdir()
+    opened(tmp_path)
+    assert abandoned.exists()
+
+
 @pytest.mark.parametrize("key", [KEY, OTHER])
 def test_what_a_killed_process_was_building_is_deleted(key, tmp_path):
     process = FORK.Process(target=open_folder, args=(tmp_path, key, build_and_die, lambda folder: False))
