@@ -79,7 +79,7 @@ def _json_line_rows(path: Path) -> Iterator[tuple[int, Any]]:
             if not line.strip():
                 continue
             try:
-                row = parse_json(line)
+                row = parse_json(line.decode("utf-8-sig"))
             except ValueError as error:
                 reason = error.msg if isinstance(error, json.JSONDecodeError) else str(error)
                 reason = "not UTF-8 text" if isinstance(error, UnicodeDecodeError) else reason
@@ -96,7 +96,7 @@ def _json_line_rows(path: Path) -> Iterator[tuple[int, Any]]:
 def _json_list_rows(path: Path) -> Iterator[tuple[int, Any]]:
     content = path.read_bytes()
     try:
-        rows = parse_json(content)
+        rows = parse_json(content.decode("utf-8-sig"))
     except json.JSONDecodeError as error:
         raise UserError(f"{path} line {error.lineno}: broken JSON ({error.msg}); repair the file") from error
     except UnicodeDecodeError as error:

@@ -126,6 +126,10 @@ def test_broken_json_list_and_bytes(tmp_path):
     assert "list.json line 3: broken JSON (" in refused(tmp_path / "list.json")
     (tmp_path / "latin.jsonl").write_bytes(b'{"prompt": "a", "completion": "\xe9t\xe9"}\n')
     assert "latin.jsonl line 1: broken JSON (not UTF-8 text)" in refused(tmp_path / "latin.jsonl")
+    for name in ("half.jsonl", "half.json"):  # a surrogate as three bytes, which Python's json decodes
+        row = b'{"prompt": "a", "completion": "\xed\xa0\x80"}'
+        (tmp_path / name).write_bytes(row if name == "half.jsonl" else b"[" + row + b"]")
+        assert "not UTF-8 text" in refused(tmp_path / name)
     (tmp_path / "fake.parquet").write_bytes(b"no parquet at all")
     assert "not a readable Parquet file" in refused(tmp_path / "fake.parquet")
 
