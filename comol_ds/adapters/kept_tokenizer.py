@@ -14,9 +14,11 @@ from transformers.utils import CHAT_TEMPLATE_DIR
 
 from comol_ds.files import replace_file
 
-# What tokenizers write: save_pretrained's files, and the vocabularies of those that have files of their own.
+# What tokenizers write: save_pretrained's files, the vocabularies of those that have files of their own, and the code
+# of those that transformers loads with trust_remote_code.
 _FILES = (
     "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model", "*.tiktoken",
+    "tekken.json", "tokenization*.py",
     "chat_template*", f"{CHAT_TEMPLATE_DIR}/*",
 )  # fmt: skip
 _CONFIG = "tokenizer_config.json"

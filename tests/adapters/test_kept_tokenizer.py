@@ -49,6 +49,13 @@ def test_a_link_to_another_folders_file_is_replaced_not_written_into(tmp_path):
     assert base.read_text() == "the base's own" != (folder / "tokenizer.json").read_text()
 
 
+def test_vocabularies_and_code_of_its_own_are_the_tokenizer_s(tmp_path):
+    kept = ["tekken.json", "tokenization_mine.py", "tokenizer_config.json"]
+    for name in [*kept, "modeling_mine.py", "config.json"]:
+        (tmp_path / name).write_text("")
+    assert sorted(read_tokenizer_files(tmp_path)) == kept
+
+
 def test_nothing_is_written_without_a_tokenizer(tmp_path):
     (tmp_path / "chat_template.jinja").write_text("mine")
     write_tokenizer_files({}, tmp_path)
