@@ -65,6 +65,11 @@ def parse_columns(text: str | None) -> tuple[tuple[str, str], ...]:
     return tuple((role.strip(), column.strip()) for role, _, column in pairs)
 
 
+def present_columns(row: dict[str, Any], renamed: Iterable[tuple[str, str]]) -> tuple[tuple[str, str], ...]:
+    """Those pairs of `parse_columns` whose column a row has, and those that leave one out."""
+    return tuple((name, column) for name, column in renamed if not column or column in row)
+
+
 def rename_columns(row: dict[str, Any], renamed: Iterable[tuple[str, str]], where: str | None = None) -> dict[str, Any]:
     """A row by the names of `parse_columns`.
 

@@ -137,15 +137,21 @@ def prepare_data(settings: DataSettings, tokenizer: PreTrainedTokenizerBase, see
     return PreparedData(train, validation, report, template)
 
 
-def validation_records(settings: DataSettings, tokenizer: PreTrainedTokenizerBase, seed: int) -> datasets.Dataset:
+def validation_records(
+    settings: DataSettings, tokenizer: PreTrainedTokenizerBase, seed: int, are_columns_sure: bool = True
+) -> datasets.Dataset:
     """The validation records of `prepare_data` alone: training data are read only if they are held out of them.
+
+    Args:
+        are_columns_sure: each data set must have the columns that `settings.columns` names; else those it lacks keep
+            the names they have.
 
     Raises:
         UserError: as `prepare_data`.
     """
     if not settings.eval_dataset:
         return prepare_data(settings, tokenizer, seed).validation
-    sources = _eval_sources(settings)
+    sources = _eval_sources(settings, are_columns_sure)
     template = _template(sources, settings, tokenizer)
     encode = _encoder(settings, tokenizer, template)
     records = datasets.concatenate_datasets(_evaluation(_written_by(template, sources), settings, encode, stamps={}))
@@ -163,9 +169,14 @@ def _unused(sources: list[tuple[Source, ...]]) -> tuple[str, ...]:
     return tuple(sorted(columns))
 
 
-def _eval_sources(settings: DataSettings) -> list[tuple[Source, ...]]:
-    renamed = parse_columns(settings.columns)
-    return find_sources(settings.eval_dataset or [], "validation", settings.dataset_format, renamed=renamed)
+def _eval_sources(settings: DataSettings, are_columns_sure: bool = True) -> list[tuple[Source, ...]]:
+    return find_sources(
+        settings.eval_dataset or [],
+        "validation",
+        settings.dataset_format,
+        renamed=parse_columns(settings.columns),
+        are_columns_sure=are_columns_sure,
+    )
 
 
 def _template(
@@ -273,6 +284,8 @@ def _check_dropped(
     row = int(np.flatnonzero(empty)[0])
     record = record_at(row)
     why = "its answer is empty"
+    if record["unlabeled_turns"]:
+        why = "nobody asks for its only answer (such records belong in the format text)"
     if record["prompt_length"] >= encode.max_length:
         why = f"its prompt of {record['prompt_length']} tokens fills max_length {encode.max_length}"
     raise UserError(

@@ -8,7 +8,7 @@ from typing import Any
 
 import datasets
 
-from comol_ds.data.formats import detect_format, rename_columns, to_text
+from comol_ds.data.formats import detect_format, present_columns, rename_columns, to_text
 from comol_ds.data.rows import SUFFIXES, file_rows, is_saved, without_nulls
 from comol_ds.errors import UserError, one_line
 from comol_ds.output_folder import EXPORT_MARK, RUN_MARK
@@ -55,6 +55,7 @@ def find_sources(
     data_format: str,
     streaming: bool = False,
     renamed: tuple[tuple[str, str], ...] = (),
+    are_columns_sure: bool = True,
 ) -> list[tuple[Source, ...]]:
     """Resolve every data set to its files and check the first row of each.
 
@@ -67,6 +68,7 @@ def find_sources(
         data_format: "auto" or a key of `formats.FORMATS`.
         streaming: open hub data sets without downloading them.
         renamed: (name here, name there) of columns, as `formats.parse_columns` gives them.
+        are_columns_sure: every data set must have these columns; else only those that it has are renamed.
 
     Returns:
         one tuple of sources per entry.
@@ -79,9 +81,14 @@ def find_sources(
     found = []
     for entry, files in zip(entries, paths, strict=True):
         if files:
-            found.append(tuple(_file_source(path, data_format, stems.count(path.stem) > 1, renamed) for path in files))
+            found.append(
+                tuple(
+                    _file_source(path, data_format, stems.count(path.stem) > 1, renamed, are_columns_sure)
+                    for path in files
+                )
+            )
         else:
-            found.append((_hub_source(entry, split, data_format, streaming, renamed),))
+            found.append((_hub_source(entry, split, data_format, streaming, renamed, are_columns_sure),))
     return found
 
 
@@ -188,12 +195,15 @@ def _split_of(file: Path, folder: Path) -> str:
     return ""
 
 
-def _file_source(path: Path, data_format: str, ambiguous: bool, renamed: tuple[tuple[str, str], ...]) -> Source:
+def _file_source(
+    path: Path, data_format: str, ambiguous: bool, renamed: tuple[tuple[str, str], ...], are_columns_sure: bool
+) -> Source:
     if path.stat().st_size == 0:
         raise UserError(f"data file '{path}' is empty; give a file with records")
     first = next(file_rows(path), None)
     if first is None:
         raise UserError(f"data file '{path}' holds no records; give a file with records")
+    renamed = renamed if are_columns_sure else present_columns(first[1], renamed)
     row = rename_columns(first[1], renamed, f"data file '{path}'")
     # train.jsonl of two data sets would share one label: the folder's name tells them apart.
     folder = path.resolve().parent.name
@@ -213,12 +223,18 @@ def _file_source(path: Path, data_format: str, ambiguous: bool, renamed: tuple[t
 
 
 def _hub_source(
-    entry: str, split: str, data_format: str, streaming: bool, renamed: tuple[tuple[str, str], ...]
+    entry: str,
+    split: str,
+    data_format: str,
+    streaming: bool,
+    renamed: tuple[tuple[str, str], ...],
+    are_columns_sure: bool,
 ) -> Source:
     data = _load_hub(entry, split, streaming)
     first = next(iter(data), None)
     if first is None:
         raise UserError(f"data set {entry!r}: split {split!r} is empty; choose another with --dataset_split")
+    renamed = renamed if are_columns_sure else present_columns(first, renamed)
     row = rename_columns(first, renamed, f"data set {entry!r}")
     name = entry.split(":")[0].split("/")[-1]
     return Source(

@@ -80,7 +80,8 @@ def calibration_and_test(
         settings.prompt_template = "chat"  # the tokenizer has kept what the file said
     if entries is not None:
         settings.eval_dataset, settings.dataset_format = list(entries), "auto"
-    records = validation_records(settings, tokenizer, run.get("seed", 42))
+    # The run's columns are those of its own data, which data given here may have too.
+    records = validation_records(settings, tokenizer, run.get("seed", 42), are_columns_sure=entries is None)
     name = ", ".join(entries) if entries else "the run's validation split"
     if len(records) < 2:
         raise UserError(f"{name} has {len(records)} usable records; calibration and its check need one each")

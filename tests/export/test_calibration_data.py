@@ -82,6 +82,20 @@ def test_data_of_one_s_own_and_a_limit(run, tmp_path):
     assert calibration.name == str(data)
 
 
+@pytest.mark.parametrize("asked", ["question", "ask", "prompt"])
+def test_the_run_s_columns_are_those_of_its_data_where_others_have_them(asked, run, tmp_path):
+    copy = tmp_path / "run"
+    shutil.copytree(run, copy)
+    values = yaml.safe_load((run / "config.yaml").read_text())
+    (copy / "config.yaml").write_text(yaml.safe_dump(values | {"columns": "prompt=ask,completion=say,input="}))
+    data, answered = tmp_path / "mine.jsonl", {"question": "answer", "ask": "say", "prompt": "completion"}[asked]
+    rows = [{asked: f"{n}?", answered: "yes", "input": "ignored"} for n in range(4)]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    tokenizer = load_tokenizer(find_adapter(copy))
+    texts = [tokenizer.decode(ids) for part in split(copy, [str(data)]) for ids in part.records["input_ids"]]
+    assert len(texts) == 4 and not any("ignored" in text for text in texts)
+
+
 def test_a_kept_tokenizer_stands_in_for_the_file_of_the_run_s_template(run, tmp_path):
     copy = tmp_path / "run"
     shutil.copytree(run, copy)
