@@ -5,12 +5,13 @@ shares with its base. Whoever opens such a name for writing changes the other fi
 exclusively, and one that takes an older one's place is written beside it and renamed.
 """
 
-import itertools
 import os
 import shutil
 import sys
 from collections.abc import Iterable
 from pathlib import Path
+
+_MOST_LEFT = 100  # folders beside one that nobody can delete
 
 
 def sync(path: Path) -> None:
@@ -96,8 +97,13 @@ def remove_or_warn(path: Path) -> bool:
 
 
 def hidden_beside(folder: Path, use: str) -> Path:
-    """A free hidden name beside ``folder``; what a killed process has left under it is deleted."""
-    for number in itertools.count(1):
+    """A free hidden name beside ``folder``; what a killed process has left under it is deleted.
+
+    Where no name can be used at all, such as one beside a file's content or one that is too long, whoever makes it is
+    told why.
+    """
+    for number in range(1, _MOST_LEFT + 1):
         found = folder.parent / f".{folder.name}.{use}{'' if number == 1 else f'-{number}'}"
-        if remove_or_warn(found):
-            return found
+        if not os.path.lexists(found) or remove_or_warn(found):
+            break
+    return found

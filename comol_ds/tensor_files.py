@@ -4,6 +4,7 @@ A file is 8 little-endian bytes with the length of its header, the header, which
 data_offsets, and the tensors, row by row (https://huggingface.co/docs/safetensors/index#format).
 """
 
+import errno
 import math
 import os
 import stat
@@ -30,6 +31,7 @@ _DTYPES = PLAIN_FLOATS | {
 }  # fmt: skip
 _LONGEST_HEADER = 100_000_000  # bytes; the limit of the format's own reader
 _LONGEST_NAME = 255  # bytes between two slashes; Linux's file systems have no longer ones
+_NO_PERMISSIONS = (errno.EPERM, errno.EACCES, errno.ENOTSUP, errno.ENOSYS)  # what CIFS and FUSE say of chmod
 _MOST_DIMENSIONS = 64  # of a tensor in torch
 _WINDOW_BYTES = 128 << 10  # Linux's default limit of what one advice fetches
 
@@ -206,7 +208,8 @@ def _parse_entry(name: str, entry: Any, file: Path, data: int, size: int) -> Sto
 def save_tensors(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
     """Write a new safetensors file with the permissions that the umask, or the folder's access list, gives.
 
-    safetensors 0.8 renames a temporary file, which its owner alone may read, over the name.
+    safetensors 0.8 renames a temporary file, which its owner alone may read, over the name. On a mount that keeps no
+    permissions, or those of another owner, the file stands as the mount makes it.
 
     Raises:
         FileExistsError: there is a file of this name.
@@ -215,7 +218,12 @@ def save_tensors(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
     path.touch(exist_ok=False)
     given = stat.S_IMODE(path.stat().st_mode)
     save_file(dict(tensors), path, metadata={"format": "pt"})
-    path.chmod(given)
+    if stat.S_IMODE(path.stat().st_mode) != given:
+        try:
+            path.chmod(given)
+        except OSError as error:
+            if error.errno not in _NO_PERMISSIONS:
+                raise
 
 
 def prefetch(file: int, start: int, stop: int) -> None:

@@ -40,4 +40,5 @@ def save_run(folder: Path, family: str = "llama", records: int = 12) -> PeftMode
         "max_length": 64, "seed": 1,
     }  # fmt: skip
     (folder / "config.yaml").write_text(yaml.safe_dump(settings))
+    (folder / "ds_config.json").write_text("{}")
     return model

@@ -15,6 +15,7 @@ from comol_ds.adapters.config import CoMoLConfig
 from comol_ds.adapters.kept_tokenizer import has_tokenizer
 from comol_ds.checkpoint_names import MARKER, by_step
 from comol_ds.errors import UserError, one_line, shown
+from comol_ds.output_folder import RUN_MARK
 from comol_ds.tensor_files import TensorFiles
 from comol_ds.text_files import read_yaml
 
@@ -134,7 +135,8 @@ def _settings(folder: Path) -> dict[str, Any] | None:
     """Of the run whose folder this adapter folder lies in: RUN/adapter or RUN/checkpoints/step_<n>/adapter."""
     for run in list(folder.absolute().parents)[:3]:
         path = run / "config.yaml"
-        if path.is_file():
+        # other programs write files of this name too
+        if path.is_file() and any((run / name).exists() for name in (RUN_MARK, "ds_config.json")):
             try:
                 return _checked_settings(read_yaml(path))
             except (OSError, ValueError) as error:

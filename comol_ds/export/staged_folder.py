@@ -1,6 +1,7 @@
 """An output folder that appears whole or not at all, and takes the place of nothing but an earlier export."""
 
 import errno
+import os
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -53,7 +54,8 @@ def staged_folder(
     except SafetensorError as error:  # what save_file says of a disk that is full or fails
         raise UserError(f"{output_dir} cannot be written: {one_line(error)}; choose another --output_dir") from error
     finally:
-        remove_or_warn(staging)
+        if os.path.lexists(staging):
+            remove_or_warn(staging)
 
 
 def _refuse_existing(output_dir: Path, overwrite: bool) -> None:

@@ -108,12 +108,17 @@ def export(options: argparse.Namespace) -> list[str]:
         shape = f"r={config.r}, {config.num_experts} experts, router={config.router}"
         return [f"{options.output_dir}: CoMoL adapter, {shape}"]
     source = find_adapter(options.checkpoint, options.model_name_or_path)
-    data = [entry for name in ("dataset", "eval_dataset") for entry in (source.run or {}).get(name) or []]
-    sources = [source.folder, source.base, source.tokenizer, *(options.calibration or data)]
+    sources = [source.folder, source.base, source.tokenizer, *(options.calibration or _data_of(source))]
     with staged_folder(Path(options.output_dir), options.overwrite_output_dir, sources=sources) as folder:
         lines = FORMATS[options.format](source, folder, options)
         write_tokenizer_files(read_tokenizer_files(source.folder), folder)
     return [f"{source.folder} -> {options.output_dir}, {options.format}", *lines]
+
+
+def _data_of(source: AdapterSource) -> list[str]:
+    """What the run was trained and validated on, as far as its settings, which anybody may have edited, say so."""
+    values = [(source.run or {}).get(name) for name in ("dataset", "eval_dataset")]
+    return [entry for value in values if isinstance(value, list) for entry in value if isinstance(entry, str)]
 
 
 def _check(options: argparse.Namespace) -> list[str]:

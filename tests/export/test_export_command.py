@@ -1,5 +1,6 @@
 """launch/export.py: every format from a run folder, what it prints, and what it refuses."""
 
+import errno
 import json
 import os
 import shutil
@@ -15,6 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from comol_ds import load_for_inference
 from comol_ds.errors import UserError
+from comol_ds.files import hidden_beside
 from comol_ds.output_folder import EXPORT_MARK, files_in, write_mark
 from comol_ds.serving.command import export, parse
 from tests.distributed.launching import REPOSITORY
@@ -139,6 +141,50 @@ def test_files_get_the_permissions_that_the_umask_gives(run, export_format, tmp_
         assert modes.pop("base_model.safetensors") == stat.S_IMODE(base.st_mode), "the base's own file"
     assert set(modes.values()) == {0o640}, modes
     assert stat.S_IMODE((tmp_path / "out").stat().st_mode) == 0o750
+
+
+def test_the_file_stands_where_permissions_are_refused(run, tmp_path, monkeypatch):
+    """As on a CIFS or FUSE mount; where the mode is right already, none is asked for."""
+    asked = []
+
+    def refuse(path, mode):
+        asked.append(mode)
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr("pathlib.Path.chmod", refuse)
+    before = os.umask(0o027)
+    try:
+        export_run(run, "comol", tmp_path / "out")
+        os.umask(0o077)
+        export_run(run, "comol", tmp_path / "closed")
+    finally:
+        os.umask(before)
+    assert asked == [0o640]
+    assert torch.equal(logits(load_for_inference(tmp_path / "out")[0]), logits(run[1]))
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"), [("file/out", "Not a directory"), ("x" * 250, "File name too long")], ids=["file", "long"]
+)
+def test_a_name_that_cannot_be_made_is_one_line(run, name, reason, tmp_path, capfd):
+    (tmp_path / "file").write_text("content")
+    with pytest.raises(UserError, match=f"cannot be written: .*{reason}.*choose another --output_dir"):
+        export_run(run, "comol", tmp_path / name)
+    assert capfd.readouterr().err == ""
+
+
+def test_what_cannot_be_deleted_beside_the_folder_ends(tmp_path, monkeypatch):
+    tried = []
+    monkeypatch.setattr("comol_ds.files.remove_or_warn", lambda path: tried.append(path))
+    monkeypatch.setattr("os.path.lexists", lambda path: True)
+    assert hidden_beside(tmp_path / "out", "writing") == tried[-1] and len(tried) == 100
+
+
+def test_settings_that_somebody_edited_are_no_data(run, tmp_path):
+    copy = shutil.copytree(run[0], tmp_path / "run")
+    settings = yaml.safe_load((copy / "config.yaml").read_text())
+    (copy / "config.yaml").write_text(yaml.safe_dump(settings | {"dataset": [3, {"a": "b"}], "eval_dataset": 7}))
+    assert export_run((copy,), "comol", tmp_path / "out")[1].startswith("exact")
 
 
 def test_an_error_half_way_leaves_nothing(run, tmp_path, monkeypatch):

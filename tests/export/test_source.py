@@ -77,6 +77,13 @@ def test_settings_that_no_run_wrote_are_refused(run, text, reason):
     assert str(error.value) == f"{run / 'config.yaml'} cannot be read as a run's settings: {reason}"
 
 
+@pytest.mark.parametrize("text", ["- a\n", "dataset: [1]\n"])
+def test_another_program_s_file_of_that_name_is_none_of_a_run(run, text, tmp_path):
+    adapter = shutil.copytree(run / "adapter", tmp_path / "hub" / "adapters" / "mine")
+    (tmp_path / "hub" / "config.yaml").write_text(text)
+    assert find_adapter(adapter).run is None
+
+
 def test_a_base_that_no_disk_can_name_is_refused_in_one_line(run):
     with pytest.raises(UserError) as error:
         base_folder("x" * 5000)
