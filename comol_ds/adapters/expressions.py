@@ -1,14 +1,14 @@
 """The regular expressions of an adapter's configuration, which may come from a folder that somebody else wrote.
 
 PEFT matches them against the name of every module. An expression such as ``(a+)+b`` takes years for one name, and
-Python's matcher has no time limit; so each is tried in a process that has one.
+Python's matcher has no time limit; so they are tried in a process that has one.
 """
 
 import json
 import re
 import subprocess
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from comol_ds.errors import UserError, shown
@@ -30,9 +30,14 @@ _NAMES_IF_LISTED = ("target_modules", "exclude_modules")
 
 _TRIAL = """
 import json, re, sys
-function, expression, names = json.load(sys.stdin)
-for name in names:
-    getattr(re, function)(expression, name)
+trials, names = json.load(sys.stdin)
+for function, expression in trials:
+    try:
+        matches = getattr(re.compile(expression), function)
+    except (re.error, RecursionError, OverflowError):
+        continue
+    for name in names:
+        matches(name)
 """
 
 
@@ -46,27 +51,34 @@ def check_matching_ends(settings: Any, names: Iterable[str]) -> None:
     Raises:
         UserError: naming the field and the expression.
     """
-    names = list(names)
-    for field, expression in _expressions(settings):
-        if _PLAIN.fullmatch(expression):
-            continue
-        function, completed = _MATCHED[field]
-        if not matching_ends(function, completed.replace("{}", expression), names):
-            raise UserError(
-                f"{field} {shown(expression)} takes more than {_SECONDS} s to match against the model's module names;"
-                " write a simpler expression, without repetitions inside repetitions"
-            )
+    given = [pair for pair in _expressions(settings) if not _PLAIN.fullmatch(pair[1])]
+    trials = [(_MATCHED[field][0], _MATCHED[field][1].replace("{}", expression)) for field, expression in given]
+    endless = first_endless(trials, list(names))
+    if endless is not None:
+        field, expression = given[endless]
+        raise UserError(
+            f"{field} {shown(expression)} takes more than {_SECONDS} s to match against the model's module names;"
+            " write a simpler expression, without repetitions inside repetitions"
+        )
 
 
-def matching_ends(function: str, expression: str, names: list[str]) -> bool:
-    """Whether matching an expression against all names ends within some seconds.
+def first_endless(trials: Sequence[tuple[str, str]], names: list[str]) -> int | None:
+    """Which expression is the first that takes longer than some seconds to match against all names; None if none is.
+
+    All are tried in one process. Only where that does not end, each gets one of its own.
 
     Args:
-        function: of re, "match" or "fullmatch".
-        expression: what cannot be compiled ends at once.
+        trials: for each expression the function of re, "match" or "fullmatch", and itself. What cannot be compiled
+            ends at once.
         names: texts.
     """
-    given = json.dumps([function, expression, names])
+    if not trials or _ends(trials, names):
+        return None
+    return next((place for place, trial in enumerate(trials) if len(trials) == 1 or not _ends([trial], names)), None)
+
+
+def _ends(trials: Sequence[tuple[str, str]], names: list[str]) -> bool:
+    given = json.dumps([trials, names])
     command = [sys.executable, "-I", "-S", "-c", _TRIAL]
     try:
         subprocess.run(command, input=given.encode(), timeout=_SECONDS, stderr=subprocess.DEVNULL)

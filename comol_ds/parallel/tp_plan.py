@@ -15,7 +15,7 @@ from deepspeed.module_inject.tp_plan_converter import TPPlanConverter
 from torch import nn
 from transformers import PreTrainedModel
 
-from comol_ds.adapters.expressions import matching_ends
+from comol_ds.adapters.expressions import first_endless
 from comol_ds.adapters.table import BaseKind
 from comol_ds.config import AdapterSettings
 from comol_ds.errors import UserError
@@ -183,7 +183,7 @@ def _match(model: PreTrainedModel, plan: _Plan) -> dict[str, BaseKind]:
 
 def _check_matching_ends(plan: _Plan, pattern: str, expressions: list[str], names: Iterable[str]) -> None:
     parameters = [f"{name}.weight" for name in names]
-    if not all(matching_ends("match", expression, parameters) for expression in expressions):
+    if first_endless([("match", expression) for expression in expressions], parameters) is not None:
         raise plan.error(f": matching {pattern!r} does not end in seconds", "write names, dots and *")
 
 

@@ -2,6 +2,7 @@
 
 import json
 import time
+from types import SimpleNamespace
 
 import pytest
 from peft import get_peft_model
@@ -33,11 +34,12 @@ NAMES = ["model.layers.0.self_attn.q_proj", "model.layers.0.mlp.gate_proj_of_a_l
         {"target_modules": ["q_proj"], "exclude_modules": ENDLESS},
         {"target_modules": ["q_proj"], "modules_to_save": [ENDLESS]},
         {"target_modules": ["q_proj"], "layers_to_transform": [0], "layers_pattern": [ENDLESS]},
+        {"target_modules": r".*q_proj", "rank_pattern": {"(no expression": 2, r".*\.v_proj": 3, ENDLESS: 4}},
     ],
     ids=lambda fields: list(fields)[-1],
 )
 def test_an_endless_expression(fields):
-    config = CoMoLConfig(r=2, num_experts=2, **fields)
+    config = CoMoLConfig(r=2, num_experts=2, **fields) if "rank_pattern" not in fields else SimpleNamespace(**fields)
     started = time.monotonic()
     with pytest.raises(UserError) as error:
         check_matching_ends(config, NAMES)
@@ -78,3 +80,5 @@ def test_expressions_as_users_write_them_pass(monkeypatch):
     assert not started  # nothing repeats in a name
     check_matching_ends(CoMoLConfig(target_modules=r".*\.layers\.\d+\.(q|v)_proj"), NAMES)
     assert len(started) == 1
+    check_matching_ends(SimpleNamespace(rank_pattern={rf"layers\.{layer}\..*": layer for layer in range(50)}), NAMES)
+    assert len(started) == 2  # one process for all
