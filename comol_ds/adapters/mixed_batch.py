@@ -9,29 +9,31 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
+import torch
 from peft.tuners.tuners_utils import BaseTuner
-from peft.utils import AuxiliaryTrainingWrapper
+from peft.utils import ModulesToSaveWrapper
 from torch import nn
 
 from comol_ds.adapters.comol_layer import BASE_ROW, CoMoLLinear
 
 
 @contextmanager
-def mixed_batch(tuner: BaseTuner, adapter_names: Sequence[str], rows_per_input: int = 1) -> Iterator[None]:
+def mixed_batch(tuner: BaseTuner, adapter_names: Sequence[str], inputs: int | None) -> Iterator[None]:
     """Inside, row b of a batch goes through the adapter `adapter_names[b]`, whichever adapters are active.
 
     Args:
         tuner: in evaluation mode.
-        adapter_names: for each input its one adapter, or "__base__" for none.
-        rows_per_input: how many rows in a row generation makes of each input. The encoder of an encoder-decoder model
-            runs before that and sees each once.
+        adapter_names: for each input its one adapter, or "__base__" for none. A module trained whole by other adapters
+            only is the base's for its rows.
+        inputs: their number. Generation makes several rows in a row of each, for beams or answers: the model's calls
+            show how many. The encoder of an encoder-decoder model runs before and sees each once. None: one row each.
 
     Raises:
         ValueError: the model is in training mode, or there is no adapter of such a name.
     """
     if tuner.training:
         raise ValueError("Cannot pass `adapter_names` when the model is in training mode.")
-    takers = [module for module in tuner.modules() if isinstance(module, CoMoLLinear | AuxiliaryTrainingWrapper)]
+    takers = [module for module in tuner.modules() if isinstance(module, CoMoLLinear | ModulesToSaveWrapper)]
     known = {name for module in takers if isinstance(module, CoMoLLinear) for name in module.tables}
     unknown = set(adapter_names) - known - {BASE_ROW}
     if unknown:
@@ -39,32 +41,33 @@ def mixed_batch(tuner: BaseTuner, adapter_names: Sequence[str], rows_per_input: 
             f"Trying to infer with non-existing adapter(s): {', '.join(sorted(unknown))}; there are"
             f" {', '.join(sorted(known))} and {BASE_ROW}"
         )
-    encoder = tuner.model.get_encoder() if hasattr(tuner.model, "get_encoder") else tuner.model
-    before = set() if encoder is tuner.model else set(encoder.modules())
-    repeated = [name for name in adapter_names for _ in range(rows_per_input)]
+    of_rows = list(adapter_names)
+
+    def repeat(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        rows = rows_of(model, args, kwargs)
+        if rows and inputs:
+            of_rows[:] = [name for name in adapter_names for _ in range(rows // inputs)]
+
     hooks = []
     try:
+        hooks.append(tuner.model.register_forward_pre_hook(repeat, with_kwargs=True))
         for module in takers:
-            carry = partial(_carry, list(adapter_names) if module in before else repeated)
-            hooks.append(module.register_forward_pre_hook(carry, with_kwargs=True))
+            hooks.append(module.register_forward_pre_hook(partial(_carry, of_rows), with_kwargs=True))
         yield
     finally:
         for hook in hooks:
             hook.remove()
 
 
-def rows_per_input(generation_options: dict[str, Any]) -> int:
-    """How many rows model.generate makes of each input: one per beam, or per answer where these are more.
-
-    Read from the keywords and the generation_config among them; a forward pass has neither.
-    """
-    config = generation_options.get("generation_config")
-    counts = [
-        generation_options.get(name) or getattr(config, name, None) or 1
-        for name in ("num_beams", "num_return_sequences")
-    ]
-    return max(counts)
+def rows_of(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> int | None:
+    """The rows of a batch, as a model's forward or its generate takes it; None where nothing in it is known as one."""
+    own = getattr(model, "main_input_name", "input_ids")
+    batches = (*map(kwargs.get, ("decoder_input_ids", "input_ids", own, "inputs", "inputs_embeds")), *args)
+    return next((len(batch) for batch in batches if isinstance(batch, torch.Tensor)), None)
 
 
-def _carry(adapter_names: list[str], module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict]:
-    return args, kwargs | {"adapter_names": adapter_names}
+def _carry(of_rows: list[str], module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict]:
+    names = list(of_rows)
+    if isinstance(module, ModulesToSaveWrapper):  # which has an entry for its own adapters only
+        names = [name if name in module.modules_to_save else BASE_ROW for name in names]
+    return args, kwargs | {"adapter_names": names}

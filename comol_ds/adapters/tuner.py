@@ -14,7 +14,7 @@ from torch import nn
 from comol_ds.adapters.comol_layer import NO_MERGE, CoMoLLinear
 from comol_ds.adapters.config import CoMoLConfig
 from comol_ds.adapters.expressions import check_matching_ends
-from comol_ds.adapters.mixed_batch import mixed_batch, rows_per_input
+from comol_ds.adapters.mixed_batch import mixed_batch, rows_of
 from comol_ds.adapters.targets import adds_to, is_all_linear, linear_suffixes, narrowed_by, settle_targets
 from comol_ds.adapters.text_model import beside_text
 from comol_ds.errors import UserError
@@ -112,7 +112,7 @@ class CoMoLModel(BaseTuner):
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
         """PEFT enters this around forward and generate; `adapter_names` there makes a mixed batch."""
         names = kwargs.get("adapter_names")
-        with nullcontext() if names is None else mixed_batch(self, names, rows_per_input(kwargs)):
+        with nullcontext() if names is None else mixed_batch(self, names, rows_of(self.model, args, kwargs)):
             yield
 
     def _check_merge_allowed(self) -> None:

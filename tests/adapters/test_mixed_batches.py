@@ -80,18 +80,35 @@ def test_modules_trained_whole_are_mixed_too():
         torch.testing.assert_close(model(input_ids=ids, adapter_names=NAMES).logits, expected, **CLOSE)
 
 
+@pytest.mark.parametrize("active", ["first", "second"])
+def test_a_module_that_one_adapter_trains_whole_is_the_base_s_for_the_others(active):
+    model, ids = two_adapters(), tokens(5, 7)
+    model.add_adapter("third", comol_config(modules_to_save=["lm_head"]))
+    model.set_adapter(active)
+    model.double().eval()
+    names = ["first", "third", "second", "__base__", "third"]
+    with torch.no_grad():
+        model.base_model.model.lm_head.modules_to_save["third"].weight.normal_()
+        expected = [alone(model, name, lambda row=row: model(input_ids=ids[row][None]).logits)
+                    for row, name in enumerate(names)]  # fmt: skip
+        torch.testing.assert_close(model(input_ids=ids, adapter_names=names).logits, torch.cat(expected), **CLOSE)
+
+
 @pytest.mark.parametrize(
     "options",
     [
         {"num_beams": 3},
         {"num_beams": 3, "num_return_sequences": 2},
         {"generation_config": GenerationConfig(num_beams=2, max_new_tokens=5, pad_token_id=0, eos_token_id=2)},
+        {"of_model": {"num_beams": 3}},
         {},
     ],
-    ids=["beams", "several answers", "from a configuration", "greedy"],
+    ids=["beams", "several answers", "from a configuration", "from the model's configuration", "greedy"],
 )
 def test_generation(options):
     model, ids = two_adapters(), tokens(5, 4)
+    options = dict(options)
+    model.generation_config.update(**options.pop("of_model", {}))
     options = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": None} | options
 
     def answer(rows, **names):
