@@ -5,8 +5,10 @@ without a word.
 """
 
 import difflib
+import re
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
+from itertools import chain
 from types import SimpleNamespace
 
 import torch
@@ -50,12 +52,16 @@ def missing_defaults(model: nn.Module) -> str | None:
     )
 
 
-def settle_targets(config: CoMoLConfig, model: nn.Module) -> None:
+def settle_targets(config: CoMoLConfig, model: nn.Module) -> list[str]:
     """Check what the user said of modules, and fill in the default of target_modules or what all-linear means.
 
     Args:
-        config: changed in place. The names of a saved one are not checked, its tensors are when they are loaded.
+        config: changed in place. A saved one means what it says: its names are not checked, its tensors are when they
+            are loaded, and nothing is left out of it.
         model: the base, with other adapters or without; no module is wrapped yet.
+
+    Returns:
+        Modules beside the text model that match, and that the configuration now leaves out.
 
     Raises:
         UserError: a name of target_modules, exclude_modules or modules_to_save, or a number of layers_to_transform,
@@ -71,27 +77,29 @@ def settle_targets(config: CoMoLConfig, model: nn.Module) -> None:
     elif is_all_linear(asked):
         _maybe_include_all_linear_layers(config, model)
         config.target_modules -= _bent_linears(model)
-    if config.said_now:
-        _check_reached(config, model, asked if isinstance(asked, set) else set())
+    if not config.said_now:
+        return []
+    _check_reached(config, model, asked if isinstance(asked, set) else set())
+    return _leave_out_beside_text(config, model, asked)
 
 
 def _check_names(config: CoMoLConfig, model: nn.Module) -> None:
-    modules = _base_modules(model)
+    modules = dict.fromkeys(_base_modules(model))
     for setting in ("target_modules", "exclude_modules", "modules_to_save"):
-        names = getattr(config, setting) or ()
+        names = config.said_modules_to_save if setting == "modules_to_save" else getattr(config, setting) or ()
         ends = str.endswith if setting == "modules_to_save" else _ends_in  # as PEFT matches them
         for name in () if isinstance(names, str) else sorted(names):
-            if not any(ends(module, name) for module in modules):
-                raise UserError(_no_match(setting, name, modules, model))
+            if name not in modules and not any(ends(module, name) for module in modules):
+                raise UserError(_no_match(setting, name, list(modules), model))
 
 
 def _check_reached(config: CoMoLConfig, model: nn.Module, asked: set[str]) -> None:
-    modules, beside = _base_modules(model), beside_text(model) - asked
-    of_text = [module for module in modules if module not in beside]
+    modules, beside = dict.fromkeys(_base_modules(model)), beside_text(model) - asked
+    of_text = dict.fromkeys(module for module in modules if module not in beside)
     for name in sorted(asked - set(config.modules_to_save or ())):
-        if not _reached(modules, config, target_modules={name}):
+        if not _reached(_first(name, modules), config, target_modules={name}):
             raise UserError(f"target_modules {name} is left with no module{narrowed_by(config)}")
-        if not _reached(of_text, config, target_modules={name}):
+        if not _reached(_first(name, of_text), config, target_modules={name}):
             raise UserError(
                 f"target_modules {name} match no module of the text model; what lies beside it is adapted where its"
                 " whole name, or a regular expression, says so"
@@ -100,6 +108,28 @@ def _check_reached(config: CoMoLConfig, model: nn.Module, asked: set[str]) -> No
     for number in [layers] if isinstance(layers, int) else layers or []:
         if not _reached(modules, config, layers_to_transform=[number]):
             raise UserError(f"layers_to_transform {number}: the model has no layer of this number with target_modules")
+
+
+def _leave_out_beside_text(config: CoMoLConfig, model: nn.Module, asked: set[str] | str | None) -> list[str]:
+    """Exclude what no token passes through, unless its whole name or a regular expression asked for it."""
+    if isinstance(asked, str) and not is_all_linear(asked):
+        return []
+    beside = beside_text(model) - (asked if isinstance(asked, set) else set())
+    left = [name for name in _base_modules(model) if name in beside and check_target_module_exists(config, name)]
+    if not left:
+        return []
+    if isinstance(asked, str):
+        config.target_modules -= set(left)  # whole names
+    elif isinstance(config.exclude_modules, str):
+        config.exclude_modules = "|".join([config.exclude_modules, *map(re.escape, left)])
+    else:
+        config.exclude_modules = {*(config.exclude_modules or ()), *left}
+    warnings.warn(
+        f"{len(left)} modules beside the text model match target_modules and get no adapter, because no token passes"
+        f" through them; the first is {left[0]}; whole names, or a regular expression, reach them",
+        stacklevel=3,
+    )
+    return left
 
 
 def _bent_linears(model: nn.Module) -> set[str]:
@@ -125,7 +155,7 @@ def adds_to(module: nn.Module) -> bool:
     }
     try:
         y = functional_call(module, on_meta, (torch.empty(2, module.in_features, device="meta"),))
-    except (RuntimeError, TypeError, ValueError, AttributeError, NotImplementedError):
+    except Exception:
         return True
     return isinstance(y, torch.Tensor) and y.shape == (2, module.out_features)
 
@@ -157,6 +187,11 @@ def _base_modules(model: nn.Module) -> list[str]:
 
 def _ends_in(module: str, name: str) -> bool:
     return module == name or module.endswith(f".{name}")
+
+
+def _first(name: str, modules: Collection[str]) -> Iterable[str]:
+    """The modules, before all others the one of this very name, which ends the search for most whole names."""
+    return chain([name] if name in modules else [], modules)
 
 
 def _reached(modules: Iterable[str], config: CoMoLConfig, **changes: object) -> bool:

@@ -1,6 +1,5 @@
 """CoMoL as a PEFT tuner: finds the target Linears of a model and wraps them."""
 
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any, ClassVar
@@ -15,8 +14,7 @@ from comol_ds.adapters.comol_layer import NO_MERGE, CoMoLLinear
 from comol_ds.adapters.config import CoMoLConfig
 from comol_ds.adapters.expressions import check_matching_ends
 from comol_ds.adapters.mixed_batch import mixed_batch, rows_of
-from comol_ds.adapters.targets import adds_to, is_all_linear, linear_suffixes, narrowed_by, settle_targets
-from comol_ds.adapters.text_model import beside_text
+from comol_ds.adapters.targets import adds_to, linear_suffixes, narrowed_by, settle_targets
 from comol_ds.errors import UserError
 
 
@@ -24,7 +22,8 @@ class CoMoLModel(BaseTuner):
     """The tuner that `peft.get_peft_model` builds for a CoMoLConfig. Adapters are initialized in module order.
 
     Attributes:
-        left_beside_text: modules that match the targets and were not adapted, because no token passes through them.
+        left_beside_text: modules that match the targets of the newest adapter and were not adapted, because no token
+            passes through them.
     """
 
     prefix: str = "comol_"
@@ -35,14 +34,14 @@ class CoMoLModel(BaseTuner):
         """Wrap the target Linears of `model`.
 
         Names that end like several modules, the defaults and "all-linear" mean those of the text model; what lies
-        beside it, such as a vision tower, is adapted where a whole name or a regular expression says so.
+        beside it, such as a vision tower, is adapted where a whole name or a regular expression says so. The
+        configuration then excludes it. One that was saved before is taken as it is.
 
         Raises:
             UserError: nothing matches, or a name of a configuration that was not saved matches nothing (what exists is
                 listed), a match is no Linear, or matching an expression takes too long.
         """
         check_matching_ends(self.peft_config[adapter_name], (name for name, _ in model.named_modules()))
-        self.left_beside_text, self._beside_text = [], _beside_text(model, self.peft_config[adapter_name])
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
         except NoMatchingPeftModuleError as error:
@@ -53,15 +52,8 @@ class CoMoLModel(BaseTuner):
             ) from error
 
     def _prepare_adapter_config(self, peft_config: CoMoLConfig, model_config: dict) -> CoMoLConfig:
-        settle_targets(peft_config, self.model)  # before the first module is wrapped
+        self.left_beside_text = settle_targets(peft_config, self.model)  # before the first module is wrapped
         return peft_config
-
-    def _check_target_module_exists(self, peft_config: CoMoLConfig, key: str) -> bool | re.Match[str] | None:
-        matches = super()._check_target_module_exists(peft_config, key)
-        if matches and key in self._beside_text:
-            self.left_beside_text.append(key)
-            return False
-        return matches
 
     def _create_and_replace(
         self,
@@ -133,14 +125,6 @@ class CoMoLModel(BaseTuner):
                 ' state_dict ("stage3_gather_16bit_weights_on_model_save": true does so in HF Trainer)'
             )
         return tensors
-
-
-def _beside_text(model: nn.Module, config: CoMoLConfig) -> set[str]:
-    """What stays without adapters though it matches: modules beside the text model, unless the targets mean them."""
-    targets = config.target_modules
-    if isinstance(targets, str):
-        return beside_text(model) if is_all_linear(targets) else set()
-    return beside_text(model) - set(targets or ())
 
 
 def _cast_adapter(layer: CoMoLLinear, adapter_name: str, dtype: torch.dtype | None) -> None:

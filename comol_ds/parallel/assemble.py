@@ -3,6 +3,7 @@ load -> checkpointing and leaf modules -> engine.
 """
 
 import math
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -224,13 +225,16 @@ def locate_weights(base: PreTrainedModel, model_path: str) -> dict[str, StoredTe
 def attach_adapter(model: PreTrainedModel, settings: AdapterSettings, seed: int) -> PeftModel:
     """Freeze the base and wrap the target modules; the base's weights are not read.
 
-    On a real model the adapter is drawn from ``seed``; on meta it is only declared.
+    On a real model the adapter is drawn from ``seed``; on meta it is only declared. What is left out beside the text
+    model is no warning of every rank: the run's notes name it.
 
     Raises:
         UserError: a name of the target modules, or of the modules to save, matches nothing in the model.
     """
     torch.manual_seed(seed)
-    return get_peft_model(model, comol_config(settings, settings.target_modules or default_targets(model)))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", r"\d+ modules beside the text model")
+        return get_peft_model(model, comol_config(settings, settings.target_modules or default_targets(model)))
 
 
 def comol_config(settings: AdapterSettings, targets: list[str] | str) -> CoMoLConfig:

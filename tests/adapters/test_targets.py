@@ -4,11 +4,21 @@ import warnings
 
 import pytest
 from peft import PeftModel, get_peft_model
-from transformers import AutoModelForCausalLM, Llama4TextConfig, Phi3Config
+from torch import nn
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForQuestionAnswering,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    Llama4TextConfig,
+    Phi3Config,
+)
 
 from comol_ds import CoMoLConfig
+from comol_ds.adapters import targets
 from comol_ds.adapters.comol_layer import comol_layers
 from comol_ds.adapters.config import ALL_LINEAR
+from comol_ds.adapters.targets import adds_to, settle_targets
 from comol_ds.errors import UserError
 from tests.adapters.models import comol_config, tiny_llama, tokens
 
@@ -109,6 +119,45 @@ def test_saved_adapters_load_whatever_their_names_say(tmp_path):
     for is_trainable in (False, True):
         loaded = PeftModel.from_pretrained(tiny_llama(), tmp_path, is_trainable=is_trainable)
         assert endings(loaded) == {"q_proj", "up_proj"}
+
+
+class Fussy(nn.Linear):
+    """As a Linear with packed weights, which runs where its kernel does."""
+
+    def forward(self, x):
+        assert x.device.type != "meta"
+        return super().forward(x)
+
+
+def test_a_linear_that_does_not_run_on_meta_is_believed():
+    assert adds_to(Fussy(4, 3))
+
+
+@pytest.mark.parametrize(
+    ("task", "build", "head"),
+    [
+        ("SEQ_CLS", AutoModelForSequenceClassification, "score"),
+        ("TOKEN_CLS", AutoModelForTokenClassification, "score"),
+        ("QUESTION_ANS", AutoModelForQuestionAnswering, "qa_outputs"),
+    ],
+)
+def test_heads_that_peft_adds_by_task_are_not_judged(task, build, head):
+    base = build.from_config(tiny_llama().config)
+    model = adapted(base, task_type=task, target_modules=["q_proj"])
+    model.add_adapter("second", comol_config(task_type=task, target_modules=["v_proj"]))
+    assert head in model.peft_config["second"].modules_to_save
+    assert any("v_proj.comol_A.second" in key for key in model.state_dict())
+    with pytest.raises(UserError, match="modules_to_save scroe match no module"):
+        adapted(build.from_config(base.config), task_type=task, modules_to_save=["scroe"])
+
+
+def test_whole_names_are_looked_up_and_not_searched(monkeypatch):
+    model = tiny_llama(num_hidden_layers=8)
+    names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and "proj" in name]
+    matched = []
+    monkeypatch.setattr(targets, "check_target_module_exists", lambda _, module: matched.append(module) or True)
+    settle_targets(comol_config(target_modules=names), model)
+    assert sorted(matched) == sorted(2 * names)  # of the model, and of its text model
 
 
 def test_a_linear_that_returns_more_than_a_linear():
