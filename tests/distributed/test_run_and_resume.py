@@ -16,7 +16,7 @@ from comol_ds.adapters.adapter_folder import read_adapter
 from comol_ds.adapters.kept_tokenizer import read_tokenizer_files
 from comol_ds.output_folder import RUN_MARK
 from comol_ds.training.run_folder import WRITTEN
-from tests.data.data_helpers import CHAT_TEMPLATE, real_data
+from tests.data.data_helpers import real_data
 from tests.distributed.launching import REPOSITORY, clean_environment, free_port, run_deepspeed, run_limited
 from tests.distributed.run_folders import assert_one_process_reproduces_the_evaluation, json_lines
 from tests.tiny_models import save_tiny_model
@@ -106,7 +106,12 @@ def test_run_folder_holds_everything(first_run):
 def test_adapters_keep_the_tokenizer_and_the_template_of_the_data(first_run):
     _, out, _ = first_run
     kept = read_tokenizer_files(out / "adapter")
-    assert "tokenizer.json" in kept and AutoTokenizer.from_pretrained(out / "adapter").chat_template == CHAT_TEMPLATE
+    asked = AutoTokenizer.from_pretrained(out / "adapter").apply_chat_template(
+        [{"role": "user", "content": "How many?"}], add_generation_prompt=True, tokenize=False
+    )
+    # the base has no chat template, so that GSM8K's questions are Alpaca's instructions
+    assert asked.endswith("### Instruction:\nHow many?\n\n### Response:\n"), asked
+    assert "tokenizer.json" in kept
     for step in (SAVE_STEPS, STEPS):
         assert read_tokenizer_files(out / "checkpoints" / f"step_{step}" / "adapter") == kept
 
