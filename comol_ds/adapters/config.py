@@ -88,8 +88,6 @@ class CoMoLConfig(PeftConfig):
     def __post_init__(self) -> None:
         # PEFT notes its version in the configurations that it saves; what was saved is not judged by its names again.
         self.said_now = self.peft_version is None
-        # PEFT's models for classes and answers add the names of their heads later, of which a model has one.
-        self.said_modules_to_save = list(self.modules_to_save or ())
         super().__post_init__()
         self.peft_type = PeftType.COMOL
         check_positive_int("r", self.r)
@@ -116,6 +114,8 @@ class CoMoLConfig(PeftConfig):
                 f"base_model_name_or_path is {shown(self.base_model_name_or_path)}; it must be a folder or hub name"
             )
         self._check_modules()
+        # PEFT's models for classes and answers add the names of their heads later, of which a model has one.
+        self.said_modules_to_save = list(self.modules_to_save or ())
 
     def _check_modules(self) -> None:
         for name in ("target_modules", "exclude_modules", "modules_to_save", "layers_pattern"):
