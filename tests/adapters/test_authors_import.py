@@ -114,6 +114,7 @@ def test_imported_adapter_computes_the_authors_equation(tmp_path, core_router):
     assert (theirs - base).abs().max() > 1e-2
 
 
+@pytest.mark.slow
 def test_the_command(tmp_path):
     source = write_authors_folder(tmp_path / "authors")
     done = run_export(source, tmp_path / "ours")

@@ -78,6 +78,7 @@ def test_the_environment_is_read_at_every_call(monkeypatch):
         mix_cores(h, p, cores, 1.0)
 
 
+@pytest.mark.slow
 def test_without_triton_everything_imports_and_mixes_in_torch():
     code = """
 import sys

@@ -12,7 +12,7 @@ from tests.distributed.launching import run_deepspeed
 from tests.distributed.run_folders import json_lines
 from tests.tiny_models import random_batch, save_tiny_model
 
-pytestmark = pytest.mark.distributed
+pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
 
 @pytest.fixture(scope="module")

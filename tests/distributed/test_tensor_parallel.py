@@ -26,7 +26,7 @@ RUNS = [
         suite,
         case,
         id=f"{suite}-{case.name}",
-        marks=[pytest.mark.slow] if suite in ("tp4", "tp2dp2-variations") else [],
+        marks=[pytest.mark.slow] if RANKS[suite] > 2 else [],
     )
     for suite, cases in CASES.items()
     for case in cases
@@ -43,6 +43,7 @@ def test_equals_one_process(suite, case, trained, models):
     assert_equals_one_process(torch.load(trained(suite) / f"{case.name}.pt"), case, str(models))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", TP_BF16_CASES, ids=lambda case: case.name)
 def test_bf16_stays_near_fp32_and_saves_master_weights(case, trained, models):
     assert_bf16_training(torch.load(trained("tp2dp2") / f"{case.name}.pt"), case, str(models))

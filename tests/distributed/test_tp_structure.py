@@ -9,7 +9,7 @@ from comol_ds.training.loss import count_targets
 from tests.distributed.launching import run_deepspeed
 from tests.tiny_models import FAMILIES, random_batch, save_attention_plan, save_tiny_model
 
-pytestmark = pytest.mark.distributed
+pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 LLAMA = FAMILIES["llama"]
 TOKENS = random_batch(2, seed=0)["input_ids"].numel()
 RANK, LAYERS, HIDDEN = 5, LLAMA.num_hidden_layers, LLAMA.hidden_size

@@ -163,6 +163,7 @@ def test_json_says_the_same_in_bytes(call):
     assert report["layout"]["data_parallel"] == 4
 
 
+@pytest.mark.slow
 def test_offload_moves_terms_to_the_host(call):
     whole, offloaded = (
         json.loads(call("--json", ds_config=f"{REPOSITORY}/ds_configs/{name}.json", **changes)[1])
@@ -176,6 +177,7 @@ def test_offload_moves_terms_to_the_host(call):
     assert offloaded["host_bytes"]["per_node"] == 8 * offloaded["host_bytes"]["per_rank"]
 
 
+@pytest.mark.slow
 def test_partitioned_activations_are_divided_between_tensor_parallel_ranks(call):
     kept = [
         json.loads(call("--json", tensor_parallel_size=4, activation_checkpointing="full", **changes)[1])

@@ -59,6 +59,7 @@ def test_then_the_largest_micro_batch_that_fits(nearest, peak):
     assert nearest(budget, template(3), *CHECKPOINTING) == ["--per_device_train_batch_size 2"]
 
 
+@pytest.mark.slow
 def test_then_tensor_parallel_ranks(nearest, peak):
     rest = (*CHECKPOINTING, "--per_device_train_batch_size", 1)
     budget = peak(template(1), *rest, "--tensor_parallel_size", 2)
@@ -73,6 +74,7 @@ def test_tensor_parallel_ranks_stay_within_a_node(model, planner, peak):
     assert [change.words for change in changes] == ['"stage": 3 in zero_optimization']
 
 
+@pytest.mark.slow
 def test_then_zero3(nearest, peak):
     """4 key-value heads let no more than 4 ranks share the model."""
     rest = (*CHECKPOINTING, "--per_device_train_batch_size", 1, "--tensor_parallel_size", 4)
@@ -89,6 +91,7 @@ def test_then_offload_of_the_optimizer_state_and_of_the_weights(nearest, peak):
     assert nearest(peak(template(3, **optimizer, **weights), *rest), template(3), *rest) == words
 
 
+@pytest.mark.slow
 def test_two_changes_where_one_is_not_enough(nearest, peak):
     budget = peak(template(3), *CHECKPOINTING, "--per_device_train_batch_size", 1, *GLOBAL)
     assert nearest(budget, template(3)) == ["--activation_checkpointing full", "--per_device_train_batch_size 1"]

@@ -144,6 +144,7 @@ def test_a_half_written_line_is_noted_on_the_page_and_on_the_console(capsys, tmp
     assert "is half written and was ignored" in (tmp_path / "run" / "router_report" / "report.html").read_text()
 
 
+@pytest.mark.slow
 def test_two_runs_are_compared(page, run, tmp_path):
     second = write_lines(tmp_path / "second", training(layer_names(3, 2), 4, TASKS, seed=1))
     html, pictures = page(run, second)

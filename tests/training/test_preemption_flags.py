@@ -21,6 +21,14 @@ from comol_ds.training import preemption
 from comol_ds.training.preemption import Clock, StopRequests, StopSignals
 
 
+@pytest.fixture(autouse=True)
+def not_under_nohup():
+    """Whatever the tests were started by."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
 @pytest.fixture
 def signals():
     """Taken over for the test, given back afterwards."""
