@@ -34,12 +34,14 @@ SETTINGS = {
     "max_eval_records": 10,
     "max_generate_records": 4,
     "max_new_tokens": 4,
-    "answer_pattern": "#### (-?[0-9.,]+)",
     "lora_dropout": 0.1,
     "learning_rate": 5e-3,
     "lr_scheduler_type": "cosine",
     "logging_steps": 1,
 }
+
+
+ANSWERS = {"answer_pattern": "#### (-?[0-9.,]+)"}  # of the first run and of those that continue it
 
 
 def arguments(model: Path, output: Path, *extra: str, **changes) -> list[str]:
@@ -65,7 +67,7 @@ def first_run(tmp_path_factory, extensions):
     folder = tmp_path_factory.mktemp("run")
     os.environ["HF_DATASETS_CACHE"] = str(folder / "cache")
     model = save_tiny_model(folder / "model")
-    run = run_deepspeed(2, REPOSITORY / "launch" / "train.py", arguments(model, folder / "out"), extensions)
+    run = run_deepspeed(2, REPOSITORY / "launch" / "train.py", arguments(model, folder / "out", **ANSWERS), extensions)
     assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-4000:]
     yield model, folder / "out", run.stdout
     del os.environ["HF_DATASETS_CACHE"]
@@ -159,7 +161,7 @@ def test_resume_falls_back_to_the_committed_one_and_is_bit_equal(first_run, tmp_
     content = bytearray(damaged.read_bytes())
     content[len(content) // 2] ^= 1
     damaged.write_bytes(content)
-    run = run_torchrun(arguments(model, copy, "--resume_from_checkpoint"), extensions)
+    run = run_torchrun(arguments(model, copy, "--resume_from_checkpoint", **ANSWERS), extensions)
     assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-4000:]
     assert f"step_8 is not usable: the content of deepspeed/{damaged.name} is not what was written" in run.stdout
     assert f"resumed from {copy / 'checkpoints' / 'step_4'}: step 4 of 8, by DeepSpeed's own files" in run.stdout
@@ -181,7 +183,7 @@ def test_resume_on_another_layout_says_so_and_continues_the_logs(first_run, tmp_
     shutil.copytree(out, copy)
     shutil.rmtree(copy / "checkpoints" / "step_8")
     layout = {"tensor_parallel_size": 2, "ds_config": REPOSITORY / "ds_configs" / "zero1.json"}
-    words = arguments(model, copy, "--resume_from_checkpoint", **layout)
+    words = arguments(model, copy, "--resume_from_checkpoint", **ANSWERS, **layout)
     run = run_deepspeed(2, REPOSITORY / "launch" / "train.py", words, extensions)
     assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-4000:]
     assert (
