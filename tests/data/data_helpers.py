@@ -10,6 +10,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import PreTrainedTokenizerFast
 
 from comol_ds.config import DataSettings
+from comol_ds.data.formats import parse_columns
+from comol_ds.data.sources import find_sources, read_texts
+from comol_ds.errors import UserError
 
 REAL_DATA = Path(__file__).parents[3] / "shared" / "data"
 CHAT_TEMPLATE = (
@@ -76,3 +79,17 @@ def real_data(name: str) -> Path:
             pytest.fail(message)
         pytest.skip(message)
     return path
+
+
+def read(path, split: str = "train", data_format: str = "auto", columns: str | None = None) -> list[dict[str, str]]:
+    """The records of one data set."""
+    (group,) = find_sources([str(path)], split, data_format, renamed=parse_columns(columns))
+    return list(read_texts(group))
+
+
+def refused(path, **options) -> str:
+    """The one line with which `read` refuses a data set."""
+    with pytest.raises(UserError) as error:
+        read(path, **options)
+    assert "\n" not in str(error.value)
+    return str(error.value)

@@ -6,20 +6,7 @@ import datasets
 import pytest
 
 from comol_ds.data.sources import find_sources, read_texts
-from comol_ds.errors import UserError
-from tests.data.data_helpers import real_data, sums, write_jsonl
-
-
-def read(path, split="train", data_format="auto"):
-    (group,) = find_sources([str(path)], split, data_format)
-    return list(read_texts(group))
-
-
-def refused(path, **options) -> str:
-    with pytest.raises(UserError) as error:
-        read(path, **options)
-    assert "\n" not in str(error.value)
-    return str(error.value)
+from tests.data.data_helpers import read, real_data, refused, sums, write_jsonl
 
 
 def test_jsonl_json_and_parquet_give_the_same_records(tmp_path):

@@ -3,26 +3,12 @@
 import datasets
 import pytest
 
-from comol_ds.data.formats import parse_columns
-from comol_ds.data.sources import find_sources, read_texts
-from comol_ds.errors import UserError
+from comol_ds.data.sources import find_sources
 from comol_ds.output_folder import EXPORT_MARK, RUN_MARK, write_mark
 from tests.data import chat_templates as templates
 from tests.data.chat_templates import chat_tokenizer
-from tests.data.data_helpers import sums, write_jsonl
+from tests.data.data_helpers import read, refused, sums, write_jsonl
 from tests.data.test_prepared_prompts import first_texts, prepare
-
-
-def read(path, split="train", columns=None):
-    (group,) = find_sources([str(path)], split, "auto", renamed=parse_columns(columns))
-    return list(read_texts(group))
-
-
-def refused(path, **options) -> str:
-    with pytest.raises(UserError) as error:
-        read(path, **options)
-    assert "\n" not in str(error.value)
-    return str(error.value)
 
 
 def test_hidden_files_are_no_data(tmp_path):
